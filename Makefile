@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target that needs it creates.
+# The steps of its making leave stamps inside it, so that only what changed is done again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/core/*.h)
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: .venv/installed  ## train the example; options in ARGS="..."
+	$(BIN)/python examples/denoising_autoencoder.py $(ARGS)
+
+.PHONY: test
+test: .venv/installed  ## run the tests; pytest's options in ARGS="..."
+	$(BIN)/pytest $(ARGS)
+
+.PHONY: bench
+bench: .venv/installed  ## time one optimizer step; options in ARGS="..."
+	$(BIN)/python bench/step.py $(ARGS)
+
+.PHONY: lint
+lint: .venv/installed  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: .venv/installed  ## fix style and formatting
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean:  ## remove .venv and everything that was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache ctld_cuda/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: check-tools
+check-tools:  ## name the system packages that are missing
+	@$(PYTHON) tools/check_tools.py
+
+.venv/created:
+	@$(PYTHON) tools/check_tools.py
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/torch: .venv/created tools/install_torch.py
+	$(BIN)/python tools/install_torch.py
+	@touch $@
+
+.venv/installed: .venv/torch setup.py pyproject.toml tools/check_tools.py $(SOURCES)
+	@$(PYTHON) tools/check_tools.py
+	$(BIN)/pip install --quiet -e ".[test,examples,dev]"
+	@touch $@

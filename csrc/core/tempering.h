@@ -1,0 +1,291 @@
+// The tempering coordinate alpha and its bias, in float64 + - * / only (the one root is of a float32).
+// Mirrors ctld_cuda/reference.py function by function.
+#pragma once
+
+#include "fixed_point.h"
+
+CTLD_NAMESPACE_BEGIN
+
+enum class Coupling : int32_t { kFull = 0, kAdaptive = 1, kStandardized = 2 };
+
+constexpr int64_t kNonfiniteEnergy = 1;
+constexpr int64_t kNonfiniteParameter = 2;
+constexpr int64_t kKineticSaturated = 4;
+constexpr int64_t kPriorSaturated = 8;
+constexpr int64_t kEnergyOutOfRange = 16;
+
+struct TemperingConstants {
+  double base_temperature, energy_scale, scale_range, flat, limit, inverse_ramp, inverse_bin_width;
+  double step_size, persistence, noise_variance, noise_scale, energy_noise, coupling_strength;
+  double hill_height, hill_gain;
+  int32_t bins, kinetic_exponent, prior_exponent, energy_exponent;
+  Coupling coupling;
+};
+
+// The tables as all chains of a step read them.
+struct Bias {
+  int64_t samples;
+  const int64_t* visits;
+  const double* energy_mean;
+  const double* energy_spread;
+  const double* hills;
+};
+
+CTLD_HD double power_of_two(int32_t exponent) {
+  return bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
+}
+
+CTLD_HD double absolute(double x) { return x < 0.0 ? -x : x; }
+CTLD_HD double sign_of(double alpha) { return alpha < 0.0 ? -1.0 : 1.0; }
+CTLD_HD double unit_clamp(double x) { return x < 0.0 ? 0.0 : (x > 1.0 ? 1.0 : x); }
+
+// ------------------------------------------------------------ temperature as a function of alpha
+
+CTLD_HD double ramp(double alpha, const TemperingConstants& c) {
+  return unit_clamp((absolute(alpha) - c.flat) * c.inverse_ramp);
+}
+
+CTLD_HD double temper_scale(double alpha, const TemperingConstants& c) {
+  const double z = ramp(alpha, c);
+  return c.scale_range * (z * z * (3.0 - 2.0 * z)) + 1.0;
+}
+
+CTLD_HD double beta_slope(double alpha, const TemperingConstants& c) {
+  const double z = ramp(alpha, c);
+  const double q = temper_scale(alpha, c);
+  const double q_slope = c.scale_range * (6.0 * z * (1.0 - z)) * c.inverse_ramp;
+  return sign_of(alpha) * -(2.0 * q_slope / (q * q * q));
+}
+
+// ------------------------------------------------------------------------------------- the force
+
+CTLD_HD int32_t bin_of(double alpha, const TemperingConstants& c) {
+  const int32_t bin = static_cast<int32_t>(absolute(alpha) * c.inverse_bin_width);
+  return bin >= c.bins ? c.bins - 1 : bin;
+}
+
+// left node and weight of a piecewise-linear table with `size` entries at 0, 1, 2, ...
+struct Segment {
+  int32_t left;
+  double weight;
+};
+
+CTLD_HD Segment segment_of(double position, int32_t size) {
+  const double last = static_cast<double>(size - 2);
+  double left = floor(position);
+  left = left < 0.0 ? 0.0 : (left > last ? last : left);
+  return {static_cast<int32_t>(left), unit_clamp(position - left)};
+}
+
+CTLD_HD double mean_energy(double alpha, const Bias& bias, const TemperingConstants& c) {
+  const Segment s = segment_of(absolute(alpha) * c.inverse_bin_width - 0.5, c.bins);
+  const double* mean = bias.energy_mean + s.left;
+  return mean[0] + s.weight * (mean[1] - mean[0]);
+}
+
+CTLD_HD double hill_slope(double alpha, const Bias& bias, const TemperingConstants& c) {
+  const double position = absolute(alpha) * c.inverse_bin_width;
+  if (position < 0.5 || position > c.bins - 0.5) return sign_of(alpha) * 0.0;
+  const Segment s = segment_of(position - 1.0, c.bins - 1);
+  const double* hills = bias.hills + s.left;
+  const double left = (hills[1] - hills[0]) * c.inverse_bin_width;
+  const double right = (hills[2] - hills[1]) * c.inverse_bin_width;
+  return sign_of(alpha) * (left + s.weight * (right - left));
+}
+
+CTLD_HD double standardized_deviation(double alpha, double energy, const Bias& bias,
+                                      const TemperingConstants& c) {
+  const int32_t bin = bin_of(alpha, c);
+  const double sigma = bias.energy_spread[bin] * 0x1.40d931ff62705p+0;  // sqrt(pi/2)
+  if (!(sigma > 0.0)) return 0.0;
+  const double z = (energy - bias.energy_mean[bin]) / sigma;
+  return z < -3.0 ? -3.0 : (z > 3.0 ? 3.0 : z);
+}
+
+CTLD_HD double coupled_energy(double alpha, double energy, const Bias& bias, const TemperingConstants& c) {
+  if (c.coupling == Coupling::kFull) return energy;
+  if (bias.samples == 0) return 0.0;
+  if (c.coupling == Coupling::kStandardized)
+    return c.coupling_strength * standardized_deviation(alpha, energy, bias, c);
+  return energy - mean_energy(alpha, bias, c);
+}
+
+CTLD_HD double alpha_force(double alpha, double energy, const Bias& bias, const TemperingConstants& c) {
+  const double pull = beta_slope(alpha, c) * coupled_energy(alpha, energy, bias, c);
+  return -pull - hill_slope(alpha, bias, c);
+}
+
+// ---------------------------------------------------------------------------------- motion of alpha
+
+CTLD_HD void reflect(double& alpha, double& r, const TemperingConstants& c) {
+  if (absolute(alpha) <= c.limit) return;
+  double x = alpha + c.limit;
+  const double bounces = floor(x * (0.5 / c.limit));
+  x = x - 2.0 * c.limit * bounces;
+  const bool odd = bounces - 2.0 * floor(0.5 * bounces) != 0.0;
+  const double folded = (odd ? 2.0 * c.limit - x : x) - c.limit;
+  alpha = folded > c.limit ? c.limit : (folded < -c.limit ? -c.limit : folded);
+  if (odd) r = -r;
+}
+
+CTLD_HD double alpha_noise_scale(double alpha, const TemperingConstants& c) {
+  if (c.energy_noise == 0.0) return c.noise_scale;
+  const double heat = c.step_size * beta_slope(alpha, c) * c.energy_noise;
+  const float variance = static_cast<float>(c.noise_variance - heat * heat);
+  return static_cast<double>(ScalarLane::square_root(variance > 0.0f ? variance : 0.0f));
+}
+
+CTLD_HD void move_alpha(double& alpha, double& r, double energy, double xi, const Bias& bias,
+                        const TemperingConstants& c) {
+  const double half = 0.5 * c.step_size;
+  r = r + half * alpha_force(alpha, energy, bias, c);
+  alpha = alpha + half * r;
+  reflect(alpha, r, c);
+  r = c.persistence * r + alpha_noise_scale(alpha, c) * xi;
+  alpha = alpha + half * r;
+  reflect(alpha, r, c);
+  r = r + half * alpha_force(alpha, energy, bias, c);
+}
+
+// ------------------------------------------------------------------------------- one step of one chain
+
+// What a chain adds to the bias: the bin it is in, and sums for it in quanta.
+struct Visit {
+  bool usable;
+  int32_t bin;
+  int64_t energy, deviation, r_square;
+};
+
+struct ChainStep {
+  double alpha, r;        // after the move
+  double scale, rescale;  // q(alpha), and q_new/q_old for the momenta
+  int64_t flags;
+  Visit visit;
+};
+
+CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prior, double xi, const Bias& bias,
+                               const TemperingConstants& c, int64_t chains) {
+  const double energy = c.energy_scale * loss + static_cast<double>(prior) * power_of_two(-c.prior_exponent);
+  const double largest = 0x1p+62 / static_cast<double>(chains) * power_of_two(-c.energy_exponent);
+  const bool finite = is_finite(energy);
+  ChainStep step;
+  step.alpha = alpha;
+  step.r = r;
+  bool usable = finite && absolute(energy) < largest;
+  if (usable) {
+    move_alpha(step.alpha, step.r, energy, xi, bias, c);
+    usable = is_finite(step.alpha) && is_finite(step.r);
+  }
+  if (!usable) {
+    step.alpha = alpha;
+    step.r = r;
+  }
+  step.scale = temper_scale(step.alpha, c);
+  step.rescale = step.scale / temper_scale(alpha, c);
+  step.flags = (finite ? 0 : kNonfiniteEnergy) | (finite && !usable ? kEnergyOutOfRange : 0);
+  step.visit = {usable, bin_of(step.alpha, c), 0, 0, 0};
+  if (usable) {
+    const int32_t bin = step.visit.bin;
+    const double resolution = power_of_two(c.energy_exponent);
+    double deviation = bias.visits[bin] > 0 ? absolute(energy - bias.energy_mean[bin]) : 0.0;
+    deviation = deviation < largest ? deviation : largest;
+    step.visit.energy = static_cast<int64_t>(energy * resolution);
+    step.visit.deviation = static_cast<int64_t>(deviation * resolution);
+    step.visit.r_square = quanta(step.r * step.r * 0x1p+20);
+  }
+  return step;
+}
+
+// ------------------------------------------------------------------------------------ learning the bias
+
+// Sums over all chains of one step.
+struct BinSums {
+  int64_t* count;
+  int64_t* energy;
+  int64_t* deviation;
+  int64_t* r_square;  // one number for all bins
+};
+
+struct Tables {
+  int64_t* samples;
+  int64_t* visits;
+  double* energy_mean;
+  double* energy_spread;
+  double* hills;
+  double* alpha_kinetic;
+};
+
+CTLD_HD void learn_bin(int32_t bin, const BinSums& sums, const Tables& t, const TemperingConstants& c) {
+  const int64_t count = sums.count[bin];
+  if (count == 0) return;
+  const bool seen_before = t.visits[bin] > 0;
+  const double quantum = power_of_two(-c.energy_exponent);
+  const double n = static_cast<double>(count);
+  t.visits[bin] += count;
+  double weight = n / static_cast<double>(t.visits[bin]);
+  if (c.coupling == Coupling::kStandardized) {
+    double forget = 0.02 * n;
+    forget = forget < 1.0 ? forget : 1.0;
+    weight = weight > forget ? weight : forget;
+  }
+  const double mean = static_cast<double>(sums.energy[bin]) * quantum / n;
+  const double spread = static_cast<double>(sums.deviation[bin]) * quantum / n;
+  const double old_mean = t.energy_mean[bin], old_spread = t.energy_spread[bin];
+  t.energy_mean[bin] = seen_before ? old_mean + weight * (mean - old_mean) : mean;
+  t.energy_spread[bin] = seen_before ? old_spread + weight * (spread - old_spread) : 0.0;
+}
+
+// Unvisited bins copy the nearest visited one, the lower on ties.
+CTLD_HD void fill_unvisited(const Tables& t, int32_t bins) {
+  int32_t below = -1, above = -1;
+  for (int32_t bin = 0; bin < bins; ++bin) {
+    if (t.visits[bin] > 0) {
+      below = bin;
+      continue;
+    }
+    if (above < bin) {
+      above = bin;
+      while (above < bins && t.visits[above] == 0) ++above;
+    }
+    const bool has_above = above < bins;
+    if (below < 0 && !has_above) return;
+    const int32_t source = below < 0 || (has_above && above - bin < bin - below) ? above : below;
+    t.energy_mean[bin] = t.energy_mean[source];
+    t.energy_spread[bin] = t.energy_spread[source];
+  }
+}
+
+// Hills of shape (1/2, 1, 1/2), mirrored at 0 and limit; `t` counts steps from 1.
+CTLD_HD void deposit_hills(const int64_t* count, double t, int64_t chains, double* hills,
+                           const TemperingConstants& c) {
+  double weight = c.hill_gain * static_cast<double>(c.bins) / t;
+  weight = weight < c.hill_height ? weight : c.hill_height;
+  const double per_chain = static_cast<double>(chains);
+  double below = weight * static_cast<double>(count[0]) / per_chain;
+  double here = below;
+  for (int32_t bin = 0; bin < c.bins; ++bin) {
+    const double above =
+        bin + 1 < c.bins ? weight * static_cast<double>(count[bin + 1]) / per_chain : here;
+    hills[bin] = hills[bin] + (here + (0.5 * below + 0.5 * above));
+    below = here;
+    here = above;
+  }
+}
+
+CTLD_HD void learn_bias(const BinSums& sums, double t, int64_t chains, const Tables& tables,
+                        const TemperingConstants& c) {
+  int64_t fresh = 0;
+  for (int32_t bin = 0; bin < c.bins; ++bin) {
+    fresh += sums.count[bin];
+    learn_bin(bin, sums, tables, c);
+  }
+  fill_unvisited(tables, c.bins);
+  if (c.hill_height > 0.0) deposit_hills(sums.count, t, chains, tables.hills, c);
+  *tables.samples += fresh;
+  const double surplus =
+      static_cast<double>(*sums.r_square) * 0x1p-20 - static_cast<double>(fresh) * *tables.alpha_kinetic;
+  const int64_t samples = *tables.samples;
+  *tables.alpha_kinetic = *tables.alpha_kinetic + surplus / static_cast<double>(samples > 0 ? samples : 1);
+}
+
+CTLD_NAMESPACE_END

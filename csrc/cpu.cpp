@@ -1,0 +1,222 @@
+#include "cpu.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cfenv>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "core/chunks.h"
+
+namespace ctld {
+
+#if defined(__x86_64__)
+const TileKernels* tile_kernels_v1();
+const TileKernels* tile_kernels_v3();
+const TileKernels* tile_kernels_v4();
+#elif defined(__aarch64__)
+const TileKernels* tile_kernels_neon();
+#else
+const TileKernels* tile_kernels_generic();
+#endif
+
+std::vector<const TileKernels*> supported_kernels() {
+#if defined(__x86_64__)
+  std::vector<const TileKernels*> found;
+  const auto has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+  const auto has_v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (has_v3 && has_v4) found.push_back(tile_kernels_v4());
+  if (has_v3) found.push_back(tile_kernels_v3());
+  found.push_back(tile_kernels_v1());
+  return found;
+#elif defined(__aarch64__)
+  return {tile_kernels_neon()};
+#else
+  return {tile_kernels_generic()};
+#endif
+}
+
+namespace {
+
+// Round to nearest and keep denormals, whatever the calling thread has set; put its settings back after.
+class FloatEnvironment {
+ public:
+#if defined(__x86_64__)
+  FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~FloatEnvironment() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FloatEnvironment() {
+    fegetenv(&saved_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~FloatEnvironment() { fesetenv(&saved_); }
+
+ private:
+  fenv_t saved_;
+#endif
+  FloatEnvironment(const FloatEnvironment&) = delete;
+  FloatEnvironment& operator=(const FloatEnvironment&) = delete;
+};
+
+std::size_t bytes_per_element(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+// the gradient of a tensor that has none; zero in every dtype
+alignas(64) const unsigned char kZeros[kTileElements * 8] = {};
+
+// below this many elements per thread, starting another thread costs more than it saves
+constexpr int64_t kElementsPerThread = 16384;
+
+int useful_threads(int64_t work, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(work / kElementsPerThread, 1, std::max(threads, 1)));
+}
+
+}  // namespace
+
+CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
+                 const StatePointers& state, uint64_t seed, const TileKernels* kernels)
+    : tensors_(std::move(tensors)),
+      chains_(chains),
+      constants_(constants),
+      state_(state),
+      keys_(round_keys(seed)),
+      kernels_(kernels),
+      scale_(chains, 1.0),
+      rescale_(chains, 1.0),
+      bin_sums_(3 * constants.bins + 1) {
+  for (const TensorInfo& tensor : tensors_) {
+    first_chunk_.push_back(chunks_);
+    chunks_ += static_cast<uint32_t>((tensor.numel + kTileElements - 1) / kTileElements);
+    elements_ += tensor.numel;
+  }
+}
+
+// Moves alpha of every chain with the energy of the current parameters, then learns the bias.
+void CpuPlan::temper(const double* loss, int threads) {
+  const TemperingConstants& c = constants_;
+  std::fill(bin_sums_.begin(), bin_sums_.end(), 0);
+  int64_t* const sums = bin_sums_.data();
+  const BinSums by_bin = {sums, sums + c.bins, sums + 2 * c.bins, sums + 3 * c.bins};
+  const Bias bias = {*state_.samples, state_.visits, state_.energy_mean, state_.energy_spread, state_.hills};
+  const Counter counter = make_counter(static_cast<uint64_t>(*state_.step), kAlphaNoise, 0);
+  const int64_t groups = (chains_ + 3) / 4;
+#pragma omp parallel for schedule(static) num_threads(useful_threads(64 * chains_, threads))
+  for (int64_t group = 0; group < groups; ++group) {
+    FloatEnvironment environment;
+    float xi[4];
+    normal_group(static_cast<uint32_t>(group), counter, keys_, xi);
+    for (int64_t chain = 4 * group; chain < std::min(4 * group + 4, chains_); ++chain) {
+      const ChainStep step = temper_chain(state_.alpha[chain], state_.alpha_momentum[chain], loss[chain],
+                                          state_.prior[chain], xi[chain & 3], bias, c, chains_);
+      state_.alpha[chain] = step.alpha;
+      state_.alpha_momentum[chain] = step.r;
+      state_.temperature[chain] = c.base_temperature * (step.scale * step.scale);
+      state_.settled[chain] = absolute(step.alpha) <= c.flat ? state_.settled[chain] + 1 : 0;
+      scale_[chain] = step.scale;
+      rescale_[chain] = step.rescale;
+      if (step.flags) __atomic_fetch_or(state_.flags, step.flags, __ATOMIC_RELAXED);
+      if (step.visit.usable) {
+        const int32_t bin = step.visit.bin;
+        __atomic_fetch_add(by_bin.count + bin, 1, __ATOMIC_RELAXED);
+        __atomic_fetch_add(by_bin.energy + bin, step.visit.energy, __ATOMIC_RELAXED);
+        __atomic_fetch_add(by_bin.deviation + bin, step.visit.deviation, __ATOMIC_RELAXED);
+        __atomic_fetch_add(by_bin.r_square, step.visit.r_square, __ATOMIC_RELAXED);
+      }
+    }
+  }
+  FloatEnvironment environment;
+  const Tables tables = {state_.samples,       state_.visits, state_.energy_mean,
+                         state_.energy_spread, state_.hills,  state_.alpha_kinetic};
+  learn_bias(by_bin, static_cast<double>(*state_.step + 1), chains_, tables, c);
+}
+
+// Calls choose(tensor, pointers), which returns the function for a tensor's tiles or nullptr to skip it.
+template <class Choose>
+void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers, const std::vector<GroupCoefficients>& groups,
+                        int threads, Choose choose) {
+  const uint64_t step = static_cast<uint64_t>(*state_.step);
+#pragma omp parallel for schedule(static) num_threads(useful_threads(elements_, threads))
+  for (uint32_t chunk = 0; chunk < chunks_; ++chunk) {
+    const uint32_t i = find_tensor(first_chunk_.data(), static_cast<uint32_t>(tensors_.size()), chunk);
+    const TensorInfo& tensor = tensors_[i];
+    const TensorPointers& at = pointers[i];
+    const TileFunction function = at.theta ? choose(tensor, at) : nullptr;
+    if (!function) continue;
+    FloatEnvironment environment;
+    const std::size_t bytes = bytes_per_element(tensor.dtype);
+    const std::size_t momentum_bytes = tensor.dtype == DType::kFloat64 ? 8 : 4;
+    Tile tile;
+    tile.first = static_cast<int64_t>(chunk - first_chunk_[i]) * kTileElements;
+    tile.count = std::min(kTileElements, tensor.numel - tile.first);
+    tile.theta = static_cast<char*>(at.theta) + tile.first * bytes;
+    tile.p = static_cast<char*>(at.momentum) + tile.first * momentum_bytes;
+    tile.gradient = at.gradient ? static_cast<const char*>(at.gradient) + tile.first * bytes
+                                : static_cast<const void*>(kZeros);
+    tile.counter = make_counter(step, kParameterNoise, tensor.index);
+    tile.keys = &keys_;
+    tile.group = &groups[tensor.group];
+    tile.chain_length = tensor.numel / chains_;
+    tile.scale = scale_.data();
+    tile.rescale = rescale_.data();
+    tile.kinetic = state_.kinetic;
+    tile.prior = state_.prior;
+    tile.flags = state_.flags;
+    function(tile);
+  }
+}
+
+void CpuPlan::explore(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
+                      Integrator integrator, const double* loss, int threads) {
+  if (constants_.bins) temper(loss, threads);
+  std::fill_n(state_.kinetic, chains_, 0);
+  std::fill_n(state_.prior, chains_, 0);
+  const auto& steps = kernels_->step[static_cast<int>(integrator)];
+  for_tiles(tensors, groups, threads, [&](const TensorInfo& tensor, const TensorPointers&) {
+    const GroupCoefficients& group = groups[tensor.group];
+    const Decay decay = group.prior != 0.0          ? Decay::kGradientAndEnergy
+                        : group.weight_decay != 0.0 ? Decay::kGradient
+                                                    : Decay::kNone;
+    return steps[static_cast<int>(decay)][static_cast<int>(tensor.dtype)];
+  });
+  *state_.step += 1;
+}
+
+void CpuPlan::finetune(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
+                       int threads) {
+  std::fill(scale_.begin(), scale_.end(), 1.0);
+  std::fill(rescale_.begin(), rescale_.end(), 1.0);
+  const auto& steps = kernels_->step[static_cast<int>(Integrator::kMomentumSgd)];
+  for_tiles(tensors, groups, threads, [&](const TensorInfo& tensor, const TensorPointers& at) -> TileFunction {
+    if (!at.gradient) return nullptr;
+    const Decay decay = groups[tensor.group].weight_decay != 0.0 ? Decay::kGradient : Decay::kNone;
+    return steps[static_cast<int>(decay)][static_cast<int>(tensor.dtype)];
+  });
+  *state_.step += 1;
+}
+
+void CpuPlan::reduce_prior_energy(const std::vector<TensorPointers>& tensors,
+                                  const std::vector<GroupCoefficients>& groups, int threads) {
+  std::fill_n(state_.prior, chains_, 0);
+  for_tiles(tensors, groups, threads, [&](const TensorInfo& tensor, const TensorPointers&) -> TileFunction {
+    if (groups[tensor.group].prior == 0.0) return nullptr;
+    return kernels_->prior_energy[static_cast<int>(tensor.dtype)];
+  });
+}
+
+}  // namespace ctld

@@ -1,0 +1,51 @@
+// What the CPU's step functions take: one tile, a range of elements of one tensor. One table of functions
+// per instruction set.
+#pragma once
+
+#include "core/langevin.h"
+#include "core/normal.h"
+
+namespace ctld {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+constexpr int kIntegrators = 3, kDecays = 3, kDTypes = 4;
+// largest tile; a multiple of the noise group and of every vector block
+constexpr int64_t kTileElements = 8192;
+
+// Scalars of one group for one step; those that depend on temperature at q(alpha) = 1.
+struct GroupCoefficients {
+  double momentum, gradient, drift, noise, weight_decay, kinetic, prior;
+};
+
+struct Tile {
+  // pointers to the tile's first element; p is double for float64, float for all others
+  void* theta;
+  void* p;
+  const void* gradient;
+  int64_t first;  // its index in the tensor
+  int64_t count;
+  Counter counter;
+  const RoundKeys* keys;
+  const GroupCoefficients* group;
+  // chain of element e is e / chain_length; arrays are per chain
+  int64_t chain_length;
+  const double* scale;
+  const double* rescale;
+  // sums, added to atomically
+  int64_t* kinetic;
+  int64_t* prior;
+  int64_t* flags;
+};
+
+using TileFunction = void (*)(const Tile&);
+
+struct TileKernels {
+  const char* name;
+  TileFunction step[kIntegrators][kDecays][kDTypes];
+  TileFunction prior_energy[kDTypes];
+  // normals of noise groups first_group ...; `xi` has room for a multiple of 64 elements
+  void (*normals)(uint32_t first_group, int64_t groups, Counter counter, const RoundKeys& keys, float* xi);
+};
+
+}  // namespace ctld

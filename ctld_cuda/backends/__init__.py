@@ -1,0 +1,43 @@
+"""Backends: the same step, with the same bits, on different processors."""
+
+from __future__ import annotations
+
+import torch
+
+from . import cpu, reference
+
+_BACKENDS = {"cpu": cpu.CpuBackend, "reference": reference.ReferenceBackend}
+
+
+def backend_info() -> dict[str, dict[str, object]]:
+    """Which backends can be used here, and why the others cannot.
+
+    Returns:
+        For each backend name a dict with ``usable`` (bool), ``reason`` (str, why not; "" if usable) and,
+        for "cpu", ``instruction_sets`` (those compiled in and supported, fastest first).
+    """
+    return {name: backend.info() for name, backend in _BACKENDS.items()}
+
+
+def choose(name: str | None, device: torch.device) -> str:
+    """The backend's name: the one asked for, or the fastest for ``device``.
+
+    Raises:
+        ValueError: for an unknown name, or a backend that cannot serve the device.
+        RuntimeError: for a backend that is not usable on this machine.
+    """
+    if name is None:
+        return "cpu" if device.type == "cpu" and cpu.CpuBackend.info()["usable"] else "reference"
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(sorted(_BACKENDS))}, or None")
+    info = _BACKENDS[name].info()
+    if not info["usable"]:
+        raise RuntimeError(f"backend {name!r} is not usable: {info['reason']}")
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs parameters on the CPU, got {device}")
+    return name
+
+
+def create(name: str, *args, **kwargs):
+    """A backend object; see :class:`ctld_cuda.backends.reference.ReferenceBackend` for the arguments."""
+    return _BACKENDS[name](*args, **kwargs)

@@ -1,0 +1,134 @@
+"""Parameters as flat arrays: the element order that noise and backends see.
+
+A parameter's elements are counted in memory order if its memory is dense and, with chains, the chains are
+its outermost dimension; otherwise in row-major order, through a copy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class FlatTensor(NamedTuple):
+    """One parameter as a backend sees it: 1-d, contiguous, all of the same order of elements.
+
+    ``index`` is the parameter's position over all groups (the noise index), ``group`` its group.
+    ``gradient`` is None where the parameter has none this step.
+    """
+
+    theta: Tensor
+    momentum: Tensor
+    gradient: Tensor | None
+    index: int
+    group: int
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory (an expanded tensor)."""
+    dims = sorted((d for d in range(tensor.dim()) if tensor.shape[d] != 1), key=lambda d: tensor.stride(d))
+    reach = 0
+    for d in dims:
+        if tensor.stride(d) <= reach:
+            return True
+        reach += tensor.stride(d) * (tensor.shape[d] - 1)
+    return False
+
+
+def in_memory_order(tensor: Tensor, chains: int) -> bool:
+    """Whether the tensor can be viewed flat without a copy (with several chains: chains outermost)."""
+    if tensor.numel() == 0:
+        return True
+    dims = [d for d in range(tensor.dim()) if tensor.shape[d] != 1]
+    dims.sort(key=lambda d: -tensor.stride(d))
+    expected = 1
+    for d in reversed(dims):
+        if tensor.stride(d) != expected:
+            return False
+        expected *= tensor.shape[d]
+    return chains == 1 or dims[0] == 0
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """A dense tensor in memory order, sharing its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+class Slot:
+    """One parameter with its momentum; keeps the copies that unusual memory layouts need."""
+
+    def __init__(
+        self, parameter: Tensor, momentum: Tensor | None, index: int, group: int, chains: int
+    ) -> None:
+        self.parameter = parameter
+        self.index = index
+        self.group = group
+        self.dtype = parameter.dtype
+        self.strides = parameter.stride()
+        self.direct = in_memory_order(parameter, chains)
+        self.momentum = self._new_momentum() if momentum is None else momentum
+        self._staged_parameter: Tensor | None = None
+        self._staged_gradient: Tensor | None = None
+
+    def _strided(self, dtype: torch.dtype) -> Tensor:
+        """An empty tensor of the parameter's shape in the element order of the backends."""
+        p = self.parameter
+        if self.direct:
+            return torch.empty_strided(p.shape, self.strides, dtype=dtype, device=p.device)
+        return torch.empty(p.shape, dtype=dtype, device=p.device)
+
+    def _new_momentum(self) -> Tensor:
+        """float64 for float64 parameters, float32 for all others."""
+        return self._strided(torch.float64 if self.dtype == torch.float64 else torch.float32).zero_()
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if the parameter was moved or converted since the optimizer took it."""
+        p = self.parameter
+        if p.dtype != self.dtype or p.stride() != self.strides or p.device != self.momentum.device:
+            raise RuntimeError(
+                f"parameter {self.index} changed its dtype, device or memory layout after the optimizer was "
+                "made (model.to(...), .half(), ...): convert the model first, then make the optimizer"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Frozen and empty parameters take no part in a step."""
+        return self.parameter.requires_grad and self.parameter.numel() > 0
+
+    def theta(self) -> Tensor:
+        """The parameter flat: a view, or a copy to be written back by :meth:`commit`."""
+        p = self.parameter.detach()
+        if self.direct:
+            return flat_view(p)
+        if self._staged_parameter is None:
+            self._staged_parameter = self._strided(p.dtype)
+        return self._staged_parameter.copy_(p).view(-1)
+
+    def commit(self) -> None:
+        """Writes a staged parameter back."""
+        if not self.direct:
+            self.parameter.detach().copy_(self._staged_parameter)
+
+    def gradient(self) -> Tensor | None:
+        """The gradient in the order of :meth:`theta`: the tensor itself, or a copy if its strides differ."""
+        g = self.parameter.grad
+        if g is None:
+            return None
+        if (g.stride() == self.strides) if self.direct else g.is_contiguous():
+            return g
+        if self._staged_gradient is None:
+            self._staged_gradient = self._strided(g.dtype)
+        return self._staged_gradient.copy_(g)
+
+    def flat(self) -> FlatTensor:
+        gradient = self.gradient()
+        return FlatTensor(
+            theta=self.theta(),
+            momentum=flat_view(self.momentum),
+            gradient=None if gradient is None else flat_view(gradient.detach()),
+            index=self.index,
+            group=self.group,
+        )

@@ -1,0 +1,475 @@
+"""The CTLD optimizer: owns tensors and options, leaves the arithmetic to a backend."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from . import backends, diagnostics, validation
+from .layout import Slot
+from .reference import Coefficients, explore_coefficients, finetune_coefficients, momentum_unit
+from .state import State
+from .tempering import Tempering, TemperingConstants, resolve
+
+Tensor = torch.Tensor
+
+EXPLORE, FINETUNE = "explore", "finetune"
+
+
+class CTLD(Optimizer):
+    """Continuously tempered Langevin dynamics (Ye, Zhu and Mantiuk, NIPS 2017, arXiv:1703.04379).
+
+    Explores by sampling, with a temperature that is a dynamical variable coupled to the energy, then
+    fine-tunes as momentum SGD without noise. ``docs/method.md`` explains the method,
+    :mod:`ctld_cuda.reference` defines every operation.
+
+    Args:
+        params: parameters or parameter groups; a group may set its own ``lr``, ``momentum``,
+            ``weight_decay`` and ``maximize``.
+        lr: learning rate h, exactly that of ``torch.optim.SGD(lr, momentum)``; float or 0-dim tensor.
+        momentum: momentum coefficient in [0, 1); the friction of the dynamics.
+        num_data: number N of training examples. The loss is the mean over a minibatch.
+        temperature: base temperature T0. 1 samples the posterior, < 1 a "cold" posterior, 0 switches
+            the noise off.
+        weight_decay: Gaussian prior: adds weight_decay * theta to the gradient of the mean loss.
+        integrator: "baoab" (default: no discretisation bias on harmonic targets) or "euler" (SGHMC's).
+        tempering: a :class:`~ctld_cuda.Tempering`, or None for constant temperature.
+        explore_steps: fine-tune after this many steps; None: only when :meth:`finetune` is called.
+        chains: C independent chains: every parameter has a leading dimension C, the loss has shape (C,).
+            Chains have their own alpha and share one bias.
+        seed: 64-bit seed of the noise, which is a pure function of seed, step, parameter and element.
+        backend: "cpu", "reference", or None for the fastest that applies. All give the same bits.
+        maximize: maximise the loss (a log likelihood) instead of minimising it.
+
+    Raises:
+        ValueError, TypeError: for arguments outside their range, before anything is allocated.
+        RuntimeError: if the backend asked for cannot be used here.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.03,
+        momentum: float = 0.9,
+        num_data: float | None = None,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        integrator: str = "baoab",
+        tempering: Tempering | None = Tempering(),  # noqa: B008 (frozen)
+        explore_steps: int | None = None,
+        chains: int | None = None,
+        seed: int = 0,
+        backend: str | None = None,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
+        self.num_data = float(num_data)
+        self.temperature = float(temperature)
+        self.integrator = integrator
+        self.tempering = tempering
+        self.explore_steps = explore_steps
+        self.chains = chains
+        self.seed = seed
+        self.phase = EXPLORE if temperature > 0 else FINETUNE
+        self._backend_name = backend
+        self._explored = 0
+        self._sampler: State | None = None
+        self._forget_derived()
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
+        validation.hyper_parameters(defaults)
+        # momentum_unit: scale of p in the noise-free phase, fixed on entry; last_lr: last positive lr
+        super().__init__(params, defaults | dict(momentum_unit=None, last_lr=None))
+        self._backend_name = backends.choose(backend, self._device)
+        self._constants = self._resolve()
+        self._sampler = State.initial(chains or 1, self._constants.bins, self.temperature, self._device)
+
+    # ------------------------------------------------------------------------------- construction
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; its parameters take the next noise indices.
+
+        Raises:
+            ValueError, TypeError: for unsuitable parameters or options; nothing is added then.
+        """
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                param_group["params"] = params = list(params)
+            tensors = [params] if isinstance(params, Tensor) else params
+            tensors = [p[1] if isinstance(p, tuple) else p for p in tensors]
+            groups = getattr(self, "param_groups", [])
+            validation.parameters(list(tensors), self._device if groups else None, self.chains)
+            options = {**self.defaults, **param_group}
+            validation.hyper_parameters(options)
+            if self.tempering is not None and any(g["maximize"] != options["maximize"] for g in groups):
+                raise ValueError("with tempering all groups must agree on maximize: there is one energy")
+        super().add_param_group(param_group)
+        self._forget_derived()
+        if self._sampler is not None:
+            self._constants = self._resolve()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.param_groups[0]["params"][0].device
+
+    def _resolve(self) -> TemperingConstants:
+        trainable = sum(p.numel() for g in self.param_groups for p in g["params"] if p.requires_grad)
+        self._dimension = trainable / (self.chains or 1)
+        hypers = [validation.hyper_parameters(g) for g in self.param_groups]
+        return resolve(
+            self.tempering,
+            temperature=self.temperature,
+            num_data=self.num_data,
+            maximize=self.param_groups[0]["maximize"],
+            momentum=max(momentum for _, momentum, _ in hypers),
+            weight_decay=max(decay for _, _, decay in hypers),
+            dimension=self._dimension,
+        )
+
+    def _forget_derived(self) -> None:
+        """Drops what can be rebuilt: slots, backend and the knowledge whose prior energy is stored."""
+        self._slots: list[Slot] | None = None
+        self._backend: Any = None
+        self._prior_of: tuple | None = None
+        self._reported_flags = 0
+
+    def _prepare(self) -> None:
+        if self._backend is not None:
+            return
+        self._slots = []
+        for group_index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                slot = Slot(
+                    p, self.state[p].get("momentum_buffer"), len(self._slots), group_index, self.chains or 1
+                )
+                self.state[p]["momentum_buffer"] = slot.momentum
+                self._slots.append(slot)
+        self._backend = backends.create(
+            self._backend_name, self._slots, self._sampler, self._constants, self.seed, self.integrator
+        )
+
+    # ----------------------------------------------------------------------------------- stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
+        """One step.
+
+        Args:
+            closure: evaluates the model, calls backward and returns the mean minibatch loss; with
+                chains the losses of all chains, shape (C,).
+            loss: the same loss, if backward was called already.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ValueError: tempering without a loss, a loss of the wrong shape, bad hyper-parameters.
+            TypeError, RuntimeError: unsuitable gradients, or a model converted after construction.
+        """
+        if closure is not None:
+            if loss is not None:
+                raise ValueError("give step() a closure or a loss, not both")
+            with torch.enable_grad():
+                loss = closure()
+        hypers = [validation.hyper_parameters(group) for group in self.param_groups]
+        if self.phase == EXPLORE and self._explored == self.explore_steps:
+            self.finetune()
+        exploring = self.phase == EXPLORE
+        energy = (
+            validation.loss(loss, self.chains, self._device)
+            if exploring and self.tempering is not None
+            else None
+        )
+        self._prepare()
+        for slot in self._slots:
+            slot.check_unchanged()
+            validation.gradient(slot.parameter, slot.index)
+        if not exploring:
+            self._backend.finetune(self._finetune_groups(hypers))
+            self._mark_written()
+        elif any(lr > 0 for lr, _, _ in hypers):
+            # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
+            self._explore(hypers, energy)
+        return loss
+
+    def _explore(self, hypers: list[tuple[float, float, float]], energy: Tensor | None) -> None:
+        groups = []
+        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
+            group["last_lr"] = lr if lr > 0 else group["last_lr"]
+            groups.append(
+                explore_coefficients(
+                    self.integrator,
+                    lr=lr,
+                    momentum=momentum,
+                    weight_decay=weight_decay,
+                    num_data=self.num_data,
+                    c=self._constants,
+                    maximize=group["maximize"],
+                )
+            )
+        if self._prior_of != self._prior_key(groups):
+            self._backend.reduce_prior_energy(groups)
+        self._backend.explore(groups, energy)
+        self._explored += 1
+        self._mark_written()
+        self._prior_of = self._prior_key(groups)
+
+    def _finetune_groups(self, hypers: list[tuple[float, float, float]]) -> list[Coefficients]:
+        groups = []
+        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
+            if group["momentum_unit"] is None:
+                # without a positive lr so far any unit serves: it cancels in theta
+                reference_lr = group["last_lr"] or lr or 1.0
+                group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
+            groups.append(
+                finetune_coefficients(
+                    lr=lr,
+                    momentum=momentum,
+                    weight_decay=weight_decay,
+                    unit=group["momentum_unit"],
+                    maximize=group["maximize"],
+                )
+            )
+        return groups
+
+    def _mark_written(self) -> None:
+        """Tells autograd that the parameters changed in place."""
+        torch.autograd.graph.increment_version([s.parameter for s in self._slots if s.active])
+
+    def _prior_key(self, groups: list[Coefficients]) -> tuple | None:
+        """Identifies the parameter values and curvatures that a prior energy belongs to."""
+        scales = tuple(group.prior for group in groups)
+        if not any(scales):
+            return scales
+        return scales + tuple(s.parameter._version if s.active else None for s in self._slots)
+
+    def finetune(self) -> None:
+        """Switches the noise off for good: from the next step on, plain momentum SGD. Keeps momenta."""
+        if self.phase == EXPLORE:
+            self.phase = FINETUNE
+            self._sampler.temperature.zero_()
+            for group in self.param_groups:
+                _, momentum, _ = validation.hyper_parameters(group)
+                if group["last_lr"]:
+                    group["momentum_unit"] = momentum_unit(group["last_lr"], momentum, self.num_data)
+
+    # ---------------------------------------------------------------------------------- reporting
+
+    def tempering_state(self) -> dict[str, Tensor]:
+        """Live device tensors of the sampler; reading them does not synchronise.
+
+        Returns:
+            Per chain, shape (C,) or () without chains: ``alpha``, ``alpha_momentum``, ``temperature``
+            (0 once the noise is off), ``at_target`` (bool: the current parameters count as a draw
+            from the target), ``kinetic_temperature`` (mean squared momentum of the last sampling step;
+            compare with ``temperature``). Per bin of |alpha|, shape (bins,), or (0,) without
+            tempering: ``visits``, ``bias`` and ``bin_centers``, and ``free_energy`` and
+            ``free_energy_histogram``, two estimates of ln Z(beta)/Z(1) (NaN if standardized). Shape ():
+            ``alpha_kinetic_temperature`` (mean of alpha_momentum**2 over the run; 1 if alpha is thermal)
+            and ``flags`` (bits of :mod:`ctld_cuda.state`; 0: nothing unusual happened).
+        """
+        state, c = self._sampler, self._constants
+
+        def per_chain(x: Tensor) -> Tensor:
+            return x if self.chains is not None else x[0]
+
+        in_window = state.alpha.abs() <= c.flat
+        sampling = torch.full_like(in_window, self.phase == EXPLORE)
+        kinetic = state.kinetic.double() * (2.0 * 2.0**-c.kinetic_exponent / max(self._dimension, 1.0))
+        result = {
+            "alpha": per_chain(state.alpha),
+            "alpha_momentum": per_chain(state.alpha_momentum),
+            "temperature": per_chain(state.temperature),
+            "at_target": per_chain(in_window & (state.settled >= c.settle) & sampling),
+            "kinetic_temperature": per_chain(kinetic),
+            "alpha_kinetic_temperature": state.alpha_kinetic,
+            "visits": state.visits,
+            "flags": state.flags,
+        }
+        if c.bins == 0:
+            nothing = state.hills
+            return result | dict.fromkeys(
+                ("bias", "bin_centers", "free_energy", "free_energy_histogram"), nothing
+            )
+        return result | {
+            "bias": diagnostics.total_bias(state, c),
+            "bin_centers": diagnostics.bin_centers(state, c),
+            "free_energy": diagnostics.free_energy(state, c),
+            "free_energy_histogram": diagnostics.free_energy_histogram(state, c),
+        }
+
+    def _warn_about_run(self) -> None:
+        flags = int(self._sampler.flags)
+        for sentence in diagnostics.flag_report(flags & ~self._reported_flags):
+            warnings.warn(f"CTLD: {sentence}", RuntimeWarning, stacklevel=3)
+        self._reported_flags |= flags
+        sentence = diagnostics.alpha_kinetic_report(self._sampler, self._constants)
+        if sentence:
+            warnings.warn(f"CTLD: {sentence}", RuntimeWarning, stacklevel=3)
+
+    # ----------------------------------------------------------------------------------- persistence
+
+    def _configuration(self) -> dict[str, Any]:
+        """What must agree between the optimizer that saved a state and the one that loads it."""
+        tempering = self.tempering and dataclasses.asdict(self.tempering)
+        if tempering:
+            tempering["bias_type"] = type(self.tempering.bias).__name__
+        return {
+            "num_data": self.num_data,
+            "temperature": self.temperature,
+            "integrator": self.integrator,
+            "chains": self.chains,
+            "tempering": tempering,
+        }
+
+    def _sampler_dict(self) -> dict[str, Any]:
+        return {
+            "configuration": self._configuration(),
+            "constants": dataclasses.asdict(self._constants),
+            "tensors": self._sampler.snapshot(),
+            "dimension": self._dimension,
+            "phase": self.phase,
+            "explored": self._explored,
+            "seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's optimizer state plus ``"sampler"``: alpha, the bias, counters, seed and settings.
+
+        Warns (RuntimeWarning) about what ``flags`` recorded since the last call, and about an alpha
+        that is not thermal.
+        """
+        self._warn_about_run()
+        state_dict = super().state_dict()
+        state_dict["sampler"] = self._sampler_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state; the steps that follow are bit for bit those of the optimizer that saved it.
+
+        ``explore_steps`` and ``backend`` stay as constructed. Tensors are copied in place.
+
+        Raises:
+            ValueError: if the state does not fit this optimizer; nothing is changed then.
+        """
+        with self._hooks_run_here(state_dict) as state_dict:
+            saved_momenta = self._check_fits(state_dict)
+            self._prepare()
+            momenta = [slot.momentum for slot in self._slots]
+            rates = [group["lr"] for group in self.param_groups]
+            super().load_state_dict({**state_dict, "state": {}})
+            for slot, momentum, saved in zip(self._slots, momenta, saved_momenta, strict=True):
+                # in place and here, because the base class casts to the parameter's dtype
+                momentum.zero_() if saved is None else momentum.copy_(saved)
+                self.state[slot.parameter]["momentum_buffer"] = momentum
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                if isinstance(lr, Tensor):
+                    group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))
+            self._load_sampler(state_dict["sampler"])
+
+    @contextlib.contextmanager
+    def _hooks_run_here(self, state_dict: dict[str, Any]):
+        """Runs the user's load hooks around the whole of our loading instead of the base class's."""
+        before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        state_dict = dict(state_dict)
+        for hook in before.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._optimizer_load_state_dict_pre_hooks = type(before)()
+        self._optimizer_load_state_dict_post_hooks = type(after)()
+        try:
+            yield state_dict
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = before
+            self._optimizer_load_state_dict_post_hooks = after
+        for hook in after.values():
+            hook(self)
+
+    def _check_fits(self, state_dict: dict[str, Any]) -> list[Tensor | None]:
+        """The saved momenta in the order of our parameters, if everything fits."""
+        missing = {"state", "param_groups", "sampler"} - set(state_dict)
+        if missing:
+            raise ValueError(f"state_dict has no {sorted(missing)}: it is not from CTLD.state_dict()")
+        sizes = [len(g["params"]) for g in self.param_groups]
+        saved_sizes = [len(g["params"]) for g in state_dict["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}, the optimizer {sizes}")
+        for group in state_dict["param_groups"]:
+            absent = {"lr", "momentum", "weight_decay", "maximize", "momentum_unit", "last_lr"} - set(group)
+            if absent:
+                raise ValueError(f"state_dict: a parameter group has no {sorted(absent)}")
+            validation.hyper_parameters(group)
+        sampler = state_dict["sampler"]
+        expected = self._sampler_dict()
+        if not isinstance(sampler, dict) or set(sampler) != set(expected):
+            raise ValueError(f"state_dict: 'sampler' must be a dict with the entries {sorted(expected)}")
+        mine, theirs = expected["configuration"], sampler["configuration"]
+        different = [key for key in mine if mine[key] != theirs.get(key)]
+        if different:
+            raise ValueError(
+                "state_dict was saved with other settings: "
+                + "; ".join(f"{key} was {theirs.get(key)!r}, is {mine[key]!r}" for key in different)
+            )
+        if set(sampler["constants"]) != set(expected["constants"]) or sampler["phase"] not in (
+            EXPLORE,
+            FINETUNE,
+        ):
+            raise ValueError("state_dict: 'sampler' is not from this version of CTLD")
+        validation.integer("state_dict: seed", sampler["seed"], 0, 2**64)
+        self._sampler.check_fits(sampler["tensors"])
+        keys = [key for g in state_dict["param_groups"] for key in g["params"]]
+        momenta = [state_dict["state"].get(key, {}).get("momentum_buffer") for key in keys]
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        for p, momentum in zip(parameters, momenta, strict=True):
+            if momentum is not None and momentum.shape != p.shape:
+                raise ValueError(
+                    f"state_dict has a momentum of shape {tuple(momentum.shape)} for a parameter of shape "
+                    f"{tuple(p.shape)}"
+                )
+        return momenta
+
+    def _load_sampler(self, sampler: dict[str, Any]) -> None:
+        self._sampler.restore(sampler["tensors"])
+        self._constants = TemperingConstants(**sampler["constants"])
+        self._dimension = sampler["dimension"]
+        self.phase = sampler["phase"]
+        self._explored = sampler["explored"]
+        self.seed = sampler["seed"]
+        self._forget_derived()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {
+            "_ctld": {
+                "settings": {
+                    name: getattr(self, name)
+                    for name in (
+                        "num_data",
+                        "temperature",
+                        "integrator",
+                        "tempering",
+                        "explore_steps",
+                        "chains",
+                    )
+                },
+                "backend": self._backend_name,
+                "sampler": self._sampler_dict(),
+            }
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.get("_ctld")
+        super().__setstate__({key: value for key, value in state.items() if key != "_ctld"})
+        if own is None:  # called by the base class's load_state_dict
+            return
+        self.__dict__.update(own["settings"])
+        self._backend_name = own["backend"]
+        tensors = own["sampler"]["tensors"]
+        bins = tensors["visits"].numel()
+        self._sampler = State.initial(self.chains or 1, bins, self.temperature, self._device)
+        self._load_sampler(own["sampler"])

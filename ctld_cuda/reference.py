@@ -1,0 +1,633 @@
+"""Continuously tempered Langevin dynamics in plain torch: the specification.
+
+One short function per equation, on any device. Every compiled backend must reproduce the bits of this
+file, so the order of the operations below is part of the method's definition: each line is one rounding
+per operation, nothing is fused, and operations whose rounding differs between devices (tensor square
+roots in float32, division by a scalar, ``alpha=``, floating-point sums) are avoided.
+
+Symbols: theta parameters, p momenta, g the gradient of the mean minibatch loss, N the number of
+training examples, h the learning rate, mu the momentum coefficient, lambda the weight decay, T0 the base
+temperature, alpha and r the tempering coordinate and its momentum, q(alpha) = sqrt(T/T0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .layout import FlatTensor
+from .state import (
+    ENERGY_OUT_OF_RANGE,
+    KINETIC_SATURATED,
+    NONFINITE_ENERGY,
+    NONFINITE_PARAMETER,
+    PRIOR_SATURATED,
+    State,
+)
+from .tempering import FULL, STANDARDIZED, TemperingConstants
+
+Tensor = torch.Tensor
+
+STREAM_PARAMETERS, STREAM_ROUNDING, STREAM_ALPHA = 0, 1, 2
+
+_WORD = 0xFFFFFFFF
+_SIGN = -(2**31)
+
+# ---------------------------------------------------------------------------------------------- noise
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011), the counter-based generator behind all noise.
+
+    Args:
+        counter: int64 tensor of 32-bit words, shape (..., 4).
+        key: int64 tensor of 32-bit words, shape (2,).
+
+    Returns:
+        int64 tensor of 32-bit words, shape (..., 4).
+    """
+    c0, c1, c2, c3 = (word.contiguous() for word in counter.unbind(-1))
+    k0, k1 = key.unbind(-1)
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def random_words(seed: int, step: int, stream: int, index: int, groups: int, device=None) -> Tensor:
+    """The four random words of each noise group of four elements, int64 (groups, 4).
+
+    Key: low and high word of the 64-bit seed. Counter: (group, parameter index, low word of the step,
+    stream << 24 | bits 32..55 of the step).
+    """
+    group = torch.arange(groups, dtype=torch.int64, device=device)
+    fixed = (index, step & _WORD, stream << 24 | step >> 32 & 0xFFFFFF)
+    counter = torch.stack([group, *(torch.full_like(group, word) for word in fixed)], -1)
+    key = torch.tensor([seed & _WORD, seed >> 32 & _WORD], dtype=torch.int64, device=device)
+    return philox4x32(counter, key)
+
+
+def _signed(word: Tensor) -> Tensor:
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
+
+
+def _horner(x: Tensor, coefficients: Sequence[str]) -> Tensor:
+    total = torch.full_like(x, float.fromhex(coefficients[0]))
+    for c in coefficients[1:]:
+        total = total * x + float.fromhex(c)
+    return total
+
+
+def square_root(x: Tensor) -> Tensor:
+    """IEEE square root of a float32 tensor; float32 ``torch.sqrt`` is an ulp off at times."""
+    return x.double().sqrt().float()
+
+
+# minimax fits in float32: -2 ln(1+f)/f on [sqrt(1/2)-1, sqrt(2)-1], sin(pi h)/h and cos(pi h) in z = h^2
+_LOG = (
+    "-0x1.e743acp-3",
+    "0x1.7e5150p-2",
+    "-0x1.a3c3ccp-2",
+    "0x1.fe26ccp-2",
+    "-0x1.5523fcp-1",
+    "0x1.000176p+0",
+    "-0x1.000010p+1",
+)
+_SIN = ("-0x1.1de616p-1", "0x1.4594d8p+1", "-0x1.4ab628p+2", "0x1.921f9cp+1")
+_COS = ("0x1.c1f066p-3", "-0x1.54f61ap+0", "0x1.03bd06p+2", "-0x1.3bd3a6p+2", "0x1.fffffep-1")
+_MINUS_2_LN2_PER_EXPONENT_BIT = float.fromhex("-0x1.62e430p-23")
+_JUST_ABOVE_ONE = 1.0 + 2.0**-23
+_SQRT_HALF_OF_2_31 = 0x3F3504F3 + (31 << 23)
+
+
+def minus_two_log(magnitude: Tensor) -> Tensor:
+    """-2 ln u for u = magnitude * 2**-31 * (1 - 2**-23), magnitude float32 in (0, 2**31].
+
+    ``magnitude`` = 2**(31+e) * m with m in [sqrt(1/2), sqrt(2)). The last factor of u, too small to
+    matter, keeps u below 1, so the radius is never 0 and a root without special cases is exact.
+    """
+    bits = _bits(magnitude)
+    exponent = (bits - _SQRT_HALF_OF_2_31) & -(2**23)
+    mantissa = (bits - exponent - (31 << 23)).view(torch.float32)
+    f = mantissa - _JUST_ABOVE_ONE
+    return _horner(f, _LOG) * f + exponent.to(torch.float32) * _MINUS_2_LN2_PER_EXPONENT_BIT
+
+
+def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals from two 32-bit words, float32.
+
+    The first word, as a signed integer x, gives the radius sqrt(-2 ln((|x| + 1/2) 2**-31)) and the sign;
+    the second, as a signed fraction h of a half turn, the angle pi h in [-pi/2, pi/2]. With the sign the
+    angle covers the whole circle. Magnitudes reach 6.66.
+    """
+    x = _signed(radius_word).to(torch.float32)
+    radius = square_root(minus_two_log(x.abs() + 0.5))
+    radius = (_bits(radius) | (_bits(x) & _SIGN)).view(torch.float32)
+    h = _signed(angle_word).to(torch.float32) * 2.0**-32
+    z = h * h
+    return radius * _horner(z, _COS), radius * h * _horner(z, _SIN)
+
+
+def normal(seed: int, step: int, stream: int, index: int, numel: int, device=None) -> Tensor:
+    """The noise of parameter ``index`` at ``step``: standard normals, float32 (numel,).
+
+    Args:
+        seed: 64-bit seed.
+        step: number of steps done before this one.
+        stream: 0 parameter noise, 1 stochastic rounding, 2 alpha noise (index 0, element = chain).
+        index: position of the parameter over all groups at construction.
+        numel: number of elements; element e is the (e mod 4)th normal of noise group e // 4.
+    """
+    words = random_words(seed, step, stream, index, (numel + 3) // 4, device)
+    first = box_muller(words[:, 0], words[:, 1])
+    second = box_muller(words[:, 2], words[:, 3])
+    return torch.stack((*first, *second), -1).reshape(-1)[:numel]
+
+
+# ------------------------------------------------------------------------------------- fixed-point sums
+
+
+def quanta(energy: Tensor) -> Tensor:
+    """Energies already scaled by 2**s as integers: truncated, at most 2**29 (also for NaN), int64."""
+    return torch.where(energy < 2.0**29, energy, 2.0**29).to(torch.int64)
+
+
+def half_square_quanta(x: Tensor, scale: Tensor, chains: int) -> tuple[Tensor, Tensor]:
+    """Per-chain sums of quanta(x*x*scale), int64 (chains,), and whether any finite x saturated."""
+    each = quanta(x * x * scale)
+    saturated = ((each == 2**29) & torch.isfinite(x)).any()
+    return each.view(chains, -1).sum(1), saturated
+
+
+# --------------------------------------------------------------------- temperature as function of alpha
+
+
+def temper_scale(alpha: Tensor, c: TemperingConstants) -> Tensor:
+    """q(alpha) = sqrt(T/T0) = 1 + (sqrt(Tmax/T0) - 1) (3z^2 - 2z^3)."""
+    z = _ramp(alpha, c)
+    return c.scale_range * (z * z * (3.0 - 2.0 * z)) + 1.0
+
+
+def beta_slope(alpha: Tensor, c: TemperingConstants) -> Tensor:
+    """beta'(alpha) of beta = q**-2: -2 q'/q**3."""
+    z = _ramp(alpha, c)
+    q = temper_scale(alpha, c)
+    q_slope = c.scale_range * (6.0 * z * (1.0 - z)) * c.inverse_ramp
+    return _sign(alpha) * -(2.0 * q_slope / (q * q * q))
+
+
+def _ramp(alpha: Tensor, c: TemperingConstants) -> Tensor:
+    z = (alpha.abs() - c.flat) * c.inverse_ramp
+    return torch.where(z < 0.0, 0.0, torch.where(z > 1.0, 1.0, z))
+
+
+def _sign(alpha: Tensor) -> Tensor:
+    return torch.where(alpha < 0.0, -1.0, 1.0).to(torch.float64)
+
+
+# --------------------------------------------------------------------------------------- the bias on alpha
+
+
+def bin_of(alpha: Tensor, c: TemperingConstants) -> Tensor:
+    """Bin of |alpha|, int64."""
+    index = (alpha.abs() * c.inverse_bin_width).to(torch.int64)
+    return torch.where(index >= c.bins, c.bins - 1, index)
+
+
+def _interpolate(table: Tensor, position: Tensor) -> Tensor:
+    """Linear between the integers, constant beyond both ends."""
+    last = table.numel() - 2
+    left = position.floor()
+    left = torch.where(left < 0.0, 0.0, torch.where(left > last, float(last), left))
+    weight = position - left
+    weight = torch.where(weight < 0.0, 0.0, torch.where(weight > 1.0, 1.0, weight))
+    left = left.to(torch.int64)
+    return table[left] + weight * (table[left + 1] - table[left])
+
+
+def mean_energy(alpha: Tensor, state: State, c: TemperingConstants) -> Tensor:
+    """Mean energy at |alpha|: linear between bin centres, constant beyond the end centres."""
+    return _interpolate(state.energy_mean, alpha.abs() * c.inverse_bin_width - 0.5)
+
+
+def hill_slope(alpha: Tensor, state: State, c: TemperingConstants) -> Tensor:
+    """V_hills'(alpha): linear between the midpoints of centres, 0 outside the end centres."""
+    position = alpha.abs() * c.inverse_bin_width
+    slopes = (state.hills[1:] - state.hills[:-1]) * c.inverse_bin_width
+    outside = (position < 0.5) | (position > c.bins - 0.5)
+    return _sign(alpha) * torch.where(outside, 0.0, _interpolate(slopes, position - 1.0))
+
+
+def standardized_deviation(alpha: Tensor, energy: Tensor, state: State, c: TemperingConstants) -> Tensor:
+    """clip((U - mean)/sigma, +-3) in the bin of |alpha|; 0 where the spread is not known yet.
+
+    sigma is the mean absolute deviation times sqrt(pi/2), the standard deviation of a Gaussian: unlike
+    a variance it can be summed in fixed point over any range of energies.
+    """
+    b = bin_of(alpha, c)
+    sigma = state.energy_spread[b] * math.sqrt(math.pi / 2)
+    known = sigma > 0.0
+    z = (energy - state.energy_mean[b]) / torch.where(known, sigma, 1.0)
+    z = torch.where(z < -3.0, -3.0, torch.where(z > 3.0, 3.0, z))
+    return torch.where(known, z, 0.0)
+
+
+def coupled_energy(alpha: Tensor, energy: Tensor, state: State, c: TemperingConstants) -> Tensor:
+    """What multiplies -beta' in the force: U, U - mean, or kappa times the standardized deviation."""
+    if c.coupling == FULL:
+        return energy
+    if c.coupling == STANDARDIZED:
+        deviation = c.coupling_strength * standardized_deviation(alpha, energy, state, c)
+    else:
+        deviation = energy - mean_energy(alpha, state, c)
+    return torch.where(state.samples > 0, deviation, 0.0)
+
+
+def alpha_force(alpha: Tensor, energy: Tensor, state: State, c: TemperingConstants) -> Tensor:
+    """f = -beta'(alpha) (coupled energy) - V_hills'(alpha)."""
+    pull = beta_slope(alpha, c) * coupled_energy(alpha, energy, state, c)
+    return -pull - hill_slope(alpha, state, c)
+
+
+# ------------------------------------------------------------------------------------- motion of alpha
+
+
+def reflect(alpha: Tensor, r: Tensor, c: TemperingConstants) -> tuple[Tensor, Tensor]:
+    """Reflecting walls at +-limit: fold alpha into [-limit, limit], flipping r at every bounce.
+
+    In closed form (alpha + limit has period 4 limit), so that it ends for any distance.
+    """
+    x = alpha + c.limit
+    bounces = (x * (0.5 / c.limit)).floor()
+    x = x - 2.0 * c.limit * bounces
+    odd = bounces - 2.0 * (0.5 * bounces).floor() != 0.0
+    folded = torch.where(odd, 2.0 * c.limit - x, x) - c.limit
+    folded = torch.where(folded > c.limit, c.limit, torch.where(folded < -c.limit, -c.limit, folded))
+    inside = alpha.abs() <= c.limit
+    return torch.where(inside, alpha, folded), torch.where(inside | ~odd, r, -r)
+
+
+def alpha_noise_scale(alpha: Tensor, c: TemperingConstants) -> Tensor | float:
+    """sqrt(1 - persistence^2), less the heat of known minibatch noise in the energy."""
+    if c.energy_noise == 0.0:
+        return c.noise_scale
+    heat = c.step_size * beta_slope(alpha, c) * c.energy_noise
+    variance = (c.noise_variance - heat * heat).to(torch.float32)
+    return square_root(torch.where(variance > 0.0, variance, 0.0)).double()
+
+
+def move_alpha(
+    alpha: Tensor, r: Tensor, energy: Tensor, xi: Tensor, state: State, c: TemperingConstants
+) -> tuple[Tensor, Tensor]:
+    """One BAOAB step of (alpha, r) at fixed energy."""
+    half = 0.5 * c.step_size
+    r = r + half * alpha_force(alpha, energy, state, c)
+    alpha, r = reflect(alpha + half * r, r, c)
+    r = c.persistence * r + alpha_noise_scale(alpha, c) * xi
+    alpha, r = reflect(alpha + half * r, r, c)
+    r = r + half * alpha_force(alpha, energy, state, c)
+    return alpha, r
+
+
+def potential_energy(loss: Tensor, state: State, c: TemperingConstants) -> Tensor:
+    """U = (N L + prior)/T0 in nats, float64 (C,)."""
+    return c.energy_scale * loss + state.prior.double() * 2.0**-c.prior_exponent
+
+
+# ------------------------------------------------------------------------------------ learning the bias
+
+# energies beyond 2**62 quanta for all chains together would overflow the sums
+ENERGY_SUM_LIMIT = 2.0**62
+FORGETTING = 0.02
+
+
+def _signed_quanta(energy: Tensor, c: TemperingConstants) -> Tensor:
+    return (energy * 2.0**c.energy_exponent).to(torch.int64)
+
+
+def _sum_by_bin(values: Tensor, bins: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64, device=values.device).index_add_(0, bins, values)
+
+
+def nearest_visited(visits: Tensor) -> Tensor:
+    """For each bin the nearest visited one, the lower on ties; itself where visited or none is."""
+    i = torch.arange(visits.numel(), device=visits.device)
+    # distance in halves, so that the bin above loses a tie
+    distance = (i[None] - i[:, None]).abs() * 2 + (i[None] > i[:, None])
+    distance = torch.where(visits[None] > 0, distance, 4 * visits.numel() + (distance != 0))
+    return distance.argmin(1)
+
+
+def learn_bias(usable: Tensor, energy: Tensor, state: State, c: TemperingConstants) -> None:
+    """Adds one step of all chains to histogram, mean energies and hills.
+
+    Mean energies: plain means, or in standardized mode running means that forget (weight at least 0.02
+    per visit), because a network in training never stops drifting.
+    """
+    chains = energy.numel()
+    b = bin_of(state.alpha, c)
+    one = usable.to(torch.int64)
+    energy = torch.where(usable, energy, 0.0)
+    seen_before = state.visits > 0
+    deviation = torch.where(usable & seen_before[b], (energy - state.energy_mean[b]).abs(), 0.0)
+    largest = torch.full_like(deviation, ENERGY_SUM_LIMIT / chains * 2.0**-c.energy_exponent)
+    deviation = torch.where(deviation < largest, deviation, largest)
+
+    count = _sum_by_bin(one, b, c.bins)
+    quantum = 2.0**-c.energy_exponent
+    energy_sum = _sum_by_bin(_signed_quanta(energy, c), b, c.bins).double() * quantum
+    deviation_sum = _sum_by_bin(_signed_quanta(deviation, c), b, c.bins).double() * quantum
+    r_square_sum = _sum_by_bin(
+        torch.where(usable, quanta(state.alpha_momentum * state.alpha_momentum * 2.0**20), 0), b, c.bins
+    )
+
+    state.visits += count
+    hit = count > 0
+    n = torch.where(hit, count, 1).double()
+    weight = n / torch.where(hit, state.visits, 1).double()
+    if c.coupling == STANDARDIZED:
+        forget = FORGETTING * n
+        forget = torch.where(forget < 1.0, forget, 1.0)
+        weight = torch.where(weight > forget, weight, forget)
+    mean = energy_sum / n
+    moved = state.energy_mean + weight * (mean - state.energy_mean)
+    state.energy_mean.copy_(torch.where(hit, torch.where(seen_before, moved, mean), state.energy_mean))
+    spread = state.energy_spread + weight * (deviation_sum / n - state.energy_spread)
+    first_spread = torch.where(seen_before, spread, 0.0)
+    state.energy_spread.copy_(torch.where(hit, first_spread, state.energy_spread))
+    source = nearest_visited(state.visits)
+    state.energy_mean.copy_(state.energy_mean[source])
+    state.energy_spread.copy_(state.energy_spread[source])
+
+    if c.hill_height > 0.0:
+        deposit_hills(count.double(), chains, state, c)
+
+    fresh = count.sum()
+    state.samples += fresh
+    contribution = r_square_sum.sum().double() * 2.0**-20 - fresh.double() * state.alpha_kinetic
+    state.alpha_kinetic += contribution / torch.where(state.samples > 0, state.samples, 1).double()
+
+
+def deposit_hills(count: Tensor, chains: int, state: State, c: TemperingConstants) -> None:
+    """Hills of shape (1/2, 1, 1/2), mirrored at 0 and limit, of total weight min(height, gain bins/t)."""
+    t = (state.step + 1).double()
+    weight = torch.full_like(t, c.hill_gain * c.bins) / t
+    weight = torch.where(weight < c.hill_height, weight, c.hill_height)
+    hill = weight * count / torch.full_like(t, float(chains))
+    below = torch.cat((hill[:1], hill[:-1]))
+    above = torch.cat((hill[1:], hill[-1:]))
+    state.hills += hill + (0.5 * below + 0.5 * above)
+
+
+def temper(loss: Tensor, state: State, c: TemperingConstants, seed: int) -> tuple[Tensor, Tensor]:
+    """The alpha block: moves alpha with the energy of the current parameters, then learns the bias.
+
+    A chain whose energy is not finite, or too large to be summed, keeps its alpha and leaves no trace in
+    the bias; a flag says so.
+
+    Returns:
+        q(alpha) after the move and the factor q_new/q_old for the momenta, float64 (C,).
+    """
+    chains = loss.numel()
+    energy = potential_energy(loss, state, c)
+    finite = torch.isfinite(energy)
+    usable = finite & (energy.abs() < ENERGY_SUM_LIMIT / chains * 2.0**-c.energy_exponent)
+    xi = normal(seed, int(state.step), STREAM_ALPHA, 0, chains, loss.device).double()
+    alpha, r = move_alpha(state.alpha, state.alpha_momentum, torch.where(usable, energy, 0.0), xi, state, c)
+    usable = usable & torch.isfinite(alpha) & torch.isfinite(r)
+    alpha = torch.where(usable, alpha, state.alpha)
+    scale = temper_scale(alpha, c)
+    rescale = scale / temper_scale(state.alpha, c)
+    state.alpha.copy_(alpha)
+    state.alpha_momentum.copy_(torch.where(usable, r, state.alpha_momentum))
+    state.temperature.copy_(c.base_temperature * (scale * scale))
+    in_window = alpha.abs() <= c.flat
+    state.settled.copy_(torch.where(in_window, state.settled + 1, 0))
+    _raise_flag(state, NONFINITE_ENERGY, (~finite).any())
+    _raise_flag(state, ENERGY_OUT_OF_RANGE, (finite & ~usable).any())
+    learn_bias(usable, energy, state, c)
+    return scale, rescale
+
+
+# ---------------------------------------------------------------------------- motion of the parameters
+
+
+class Coefficients(NamedTuple):
+    """Scalars of one parameter group for one step, float64; see the functions that make them."""
+
+    momentum: float
+    gradient: float
+    drift: float
+    noise: float
+    weight_decay: float
+    prior: float
+
+
+def explore_coefficients(
+    integrator: str,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    num_data: float,
+    c: TemperingConstants,
+    maximize: bool = False,
+) -> Coefficients:
+    """Coefficients of the Langevin step with time step sqrt(h/N) and c = sqrt((1+mu)/2).
+
+    baoab: gradient sqrt(N h)/c, drift sqrt(h/N)/(2c) twice; euler: gradient c sqrt(N h), drift
+    sqrt(h/N)/c once; noise sqrt((1-mu^2) T0) at q = 1. With ``maximize`` gradient and weight decay
+    change sign, which negates exactly the gradient of the loss. ``prior`` turns theta^2 into quanta of
+    1/2 N lambda theta^2 / T0.
+    """
+    root_c = math.sqrt((1.0 + momentum) / 2.0)
+    kick, glide = math.sqrt(num_data * lr), math.sqrt(lr / num_data)
+    if integrator == "baoab":
+        gradient, drift = kick / root_c, 0.5 * (glide / root_c)
+    else:
+        gradient, drift = root_c * kick, glide / root_c
+    sign = -1.0 if maximize else 1.0
+    return Coefficients(
+        momentum=momentum,
+        gradient=sign * gradient,
+        drift=drift,
+        noise=math.sqrt((1.0 - momentum * momentum) * c.base_temperature),
+        weight_decay=sign * weight_decay,
+        prior=prior_scale(weight_decay, num_data, c),
+    )
+
+
+def prior_scale(weight_decay: float, num_data: float, c: TemperingConstants) -> float:
+    """Quanta of prior energy per theta^2; 0 where there is no tempering to feel it."""
+    if c.bins == 0 or weight_decay == 0.0:
+        return 0.0
+    return 0.5 * num_data * weight_decay / c.base_temperature * 2.0**c.prior_exponent
+
+
+def momentum_unit(lr: float, momentum: float, num_data: float) -> float:
+    """c sqrt(N h): SGD's velocity is -p divided by this."""
+    return math.sqrt((1.0 + momentum) / 2.0) * math.sqrt(num_data * lr)
+
+
+def finetune_coefficients(
+    *, lr: float, momentum: float, weight_decay: float, unit: float, maximize: bool = False
+) -> Coefficients:
+    """SGD with momentum in the units of p: gradient ``unit``, drift h/unit, no noise."""
+    sign = -1.0 if maximize else 1.0
+    return Coefficients(momentum, sign * unit, lr / unit, 0.0, sign * weight_decay, 0.0)
+
+
+def decayed_gradient(theta: Tensor, gradient: Tensor, weight_decay: Tensor) -> Tensor:
+    """g + lambda theta."""
+    return gradient + weight_decay * theta
+
+
+def baoab(theta, p, gradient, xi, *, retain, k, mu, s, drift):
+    """p <- a p - k g;  theta <- theta + b p;  p <- mu p + s xi;  theta <- theta + b p."""
+    p = retain * p - k * gradient
+    theta = theta + drift * p
+    p = mu * p + s * xi
+    return theta + drift * p, p
+
+
+def euler(theta, p, gradient, xi, *, retain, k, s, drift):
+    """p <- a p - k g + s xi;  theta <- theta + b p."""
+    p = (retain * p - k * gradient) + s * xi
+    return theta + drift * p, p
+
+
+def momentum_sgd(theta, p, gradient, *, mu, k, drift):
+    """p <- mu p - k g;  theta <- theta + b p."""
+    p = mu * p - k * gradient
+    return theta + drift * p, p
+
+
+def compute_dtype(theta: Tensor) -> torch.dtype:
+    """float64 parameters are updated in float64, all others in float32 and rounded once at the end."""
+    return torch.float64 if theta.dtype == torch.float64 else torch.float32
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    return torch.full((1, 1), value, dtype=torch.float64, device=like.device).to(like.dtype)
+
+
+def _gradient(flat: FlatTensor, theta: Tensor) -> Tensor:
+    return torch.zeros_like(theta) if flat.gradient is None else flat.gradient.to(theta.dtype).view_as(theta)
+
+
+def explore_tensor(flat, coefficients, scale, rescale, state, c, seed, integrator) -> None:
+    """One Langevin step of one tensor at temperatures T0 scale^2, and its energies."""
+    chains = scale.numel()
+    theta = flat.theta.to(compute_dtype(flat.theta)).view(chains, -1)
+    p = flat.momentum.view(chains, -1)
+    k, mu, drift = (
+        _scalar(v, theta) for v in (coefficients.gradient, coefficients.momentum, coefficients.drift)
+    )
+    s = (coefficients.noise * scale).to(theta.dtype).view(-1, 1)
+    xi = normal(seed, int(state.step), STREAM_PARAMETERS, flat.index, theta.numel(), theta.device)
+    xi = xi.to(theta.dtype).view_as(theta)
+    g = _gradient(flat, theta)
+    if coefficients.weight_decay != 0.0:
+        g = decayed_gradient(theta, g, _scalar(coefficients.weight_decay, theta))
+    if integrator == "baoab":
+        retain = rescale.to(theta.dtype).view(-1, 1)
+        theta, p = baoab(theta, p, g, xi, retain=retain, k=k, mu=mu, s=s, drift=drift)
+    else:
+        retain = (coefficients.momentum * rescale).to(theta.dtype).view(-1, 1)
+        theta, p = euler(theta, p, g, xi, retain=retain, k=k, s=s, drift=drift)
+    flat.theta.copy_(theta.reshape(-1))
+    flat.momentum.copy_(p.reshape(-1))
+    add_kinetic_energy(flat, state, c)
+    add_prior_energy(flat, coefficients.prior, state)
+
+
+def add_kinetic_energy(flat: FlatTensor, state: State, c: TemperingConstants) -> None:
+    """1/2 p^2 per element, in quanta of 2**-s nats."""
+    chains = state.kinetic.numel()
+    p = flat.momentum
+    energy, saturated = half_square_quanta(p, _scalar(2.0 ** (c.kinetic_exponent - 1), p).view(()), chains)
+    state.kinetic += energy
+    _raise_flag(state, KINETIC_SATURATED, saturated)
+    _raise_flag(state, NONFINITE_PARAMETER, ~torch.isfinite(p).all())
+
+
+def add_prior_energy(flat: FlatTensor, prior: float, state: State) -> None:
+    """1/2 N lambda theta^2 / T0 per element of the stored (rounded) parameters, in quanta."""
+    if prior == 0.0:
+        return
+    theta = flat.theta.to(compute_dtype(flat.theta))
+    energy, saturated = half_square_quanta(theta, _scalar(prior, theta).view(()), state.prior.numel())
+    state.prior += energy
+    _raise_flag(state, PRIOR_SATURATED, saturated)
+
+
+def _raise_flag(state: State, flag: int, raised: Tensor) -> None:
+    state.flags |= torch.where(raised, flag, 0)
+
+
+# ------------------------------------------------------------------------------------------- one step
+
+
+def explore(
+    flats: Sequence[FlatTensor],
+    groups: Sequence[Coefficients],
+    loss: Tensor | None,
+    state: State,
+    c: TemperingConstants,
+    seed: int,
+    integrator: str,
+) -> None:
+    """One sampling step: first alpha (with tempering), then every parameter at the new temperature.
+
+    ``loss`` is float64 (C,); ``state.prior`` holds the prior energy of the current parameters.
+    """
+    if c.bins:
+        scale, rescale = temper(loss, state, c, seed)
+    else:
+        scale = rescale = torch.ones_like(state.alpha)
+    state.kinetic.zero_()
+    state.prior.zero_()
+    for flat in flats:
+        explore_tensor(flat, groups[flat.group], scale, rescale, state, c, seed, integrator)
+    state.step += 1
+
+
+def finetune(flats: Sequence[FlatTensor], groups: Sequence[Coefficients], state: State) -> None:
+    """One noise-free step; parameters without a gradient stay as they are, as in SGD."""
+    for flat in flats:
+        if flat.gradient is None:
+            continue
+        coefficients = groups[flat.group]
+        theta = flat.theta.to(compute_dtype(flat.theta))
+        k, mu, drift, decay = (
+            _scalar(v, theta).view(())
+            for v in (
+                coefficients.gradient,
+                coefficients.momentum,
+                coefficients.drift,
+                coefficients.weight_decay,
+            )
+        )
+        g = _gradient(flat, theta)
+        if coefficients.weight_decay != 0.0:
+            g = decayed_gradient(theta, g, decay)
+        theta, p = momentum_sgd(theta, flat.momentum, g, mu=mu, k=k, drift=drift)
+        flat.theta.copy_(theta)
+        flat.momentum.copy_(p)
+        _raise_flag(state, NONFINITE_PARAMETER, ~torch.isfinite(p).all())
+    state.step += 1
+
+
+def reduce_prior_energy(flats: Sequence[FlatTensor], groups: Sequence[Coefficients], state: State) -> None:
+    """Prior energy of the parameters as they are, for a step that did not follow one of ours."""
+    state.prior.zero_()
+    for flat in flats:
+        add_prior_energy(flat, groups[flat.group].prior, state)

@@ -1,0 +1,116 @@
+"""The sampler's state: everything that a step reads and writes besides parameters and momenta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+NONFINITE_ENERGY = 1
+NONFINITE_PARAMETER = 2
+KINETIC_SATURATED = 4
+PRIOR_SATURATED = 8
+ENERGY_OUT_OF_RANGE = 16
+
+FLAG_MEANINGS = {
+    NONFINITE_ENERGY: "a loss was not finite: alpha and the bias ignored that step of that chain",
+    NONFINITE_PARAMETER: "a gradient, momentum or parameter was not finite",
+    KINETIC_SATURATED: "a momentum was too large for the kinetic-energy sum: kinetic_temperature is too low",
+    PRIOR_SATURATED: "a parameter was too large for the prior-energy sum: the energy is too low",
+    ENERGY_OUT_OF_RANGE: "an energy was too large to steer alpha: alpha and the bias ignored that step",
+}
+
+
+@dataclass
+class State:
+    """Device tensors, written in place by every step; C chains (1 without chains), B bins.
+
+    Attributes:
+        step: steps done, int64 (); the noise counter.
+        samples: visits of all chains to all bins, int64 ().
+        flags: bits named in this module, int64 (); sticky.
+        alpha, alpha_momentum: the tempering coordinate and its momentum, float64 (C,).
+        temperature: T(alpha), float64 (C,); 0 once the noise is off.
+        settled: consecutive steps in the window |alpha| <= flat, int64 (C,).
+        kinetic: kinetic energy in quanta, int64 (C,).
+        prior: prior energy of the current parameters in quanta, int64 (C,).
+        visits: alpha-histogram, int64 (B,).
+        energy_mean: mean energy per bin in nats, float64 (B,); unvisited bins copy the nearest.
+        energy_spread: mean absolute deviation from it, float64 (B,); likewise.
+        hills: bias deposited by metadynamics in nats, float64 (B,).
+        alpha_kinetic: running mean of alpha_momentum**2, float64 (); 1 if alpha is thermal.
+    """
+
+    step: torch.Tensor
+    samples: torch.Tensor
+    flags: torch.Tensor
+    alpha: torch.Tensor
+    alpha_momentum: torch.Tensor
+    temperature: torch.Tensor
+    settled: torch.Tensor
+    kinetic: torch.Tensor
+    prior: torch.Tensor
+    visits: torch.Tensor
+    energy_mean: torch.Tensor
+    energy_spread: torch.Tensor
+    hills: torch.Tensor
+    alpha_kinetic: torch.Tensor
+
+    @classmethod
+    def initial(cls, chains: int, bins: int, temperature: float, device: torch.device) -> State:
+        """alpha = 0 and at rest, T = T0, nothing learned."""
+
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        def reals(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            step=integers(),
+            samples=integers(),
+            flags=integers(),
+            alpha=reals(chains),
+            alpha_momentum=reals(chains),
+            temperature=reals(chains).fill_(temperature),
+            settled=integers(chains),
+            kinetic=integers(chains),
+            prior=integers(chains),
+            visits=integers(bins),
+            energy_mean=reals(bins),
+            energy_spread=reals(bins),
+            hills=reals(bins),
+            alpha_kinetic=reals(),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors themselves, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """Copies, by name."""
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    def check_fits(self, saved: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError where ``saved`` could not be restored into this state."""
+        mine = self.tensors()
+        if set(saved) != set(mine):
+            raise ValueError(
+                f"state_dict: sampler state has entries {sorted(saved)}, expected {sorted(mine)}"
+            )
+        for name, tensor in mine.items():
+            other = saved[name]
+            if (
+                not isinstance(other, torch.Tensor)
+                or other.shape != tensor.shape
+                or other.dtype != tensor.dtype
+            ):
+                raise ValueError(
+                    f"state_dict: {name} must be {tensor.dtype} of shape {tuple(tensor.shape)}, got "
+                    f"{getattr(other, 'dtype', type(other))} of shape {tuple(getattr(other, 'shape', ()))}"
+                )
+
+    def restore(self, saved: dict[str, torch.Tensor]) -> None:
+        """Copies ``saved`` into these tensors in place, so that pointers to them stay valid."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(saved[name])

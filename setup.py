@@ -1,0 +1,144 @@
+"""Builds the extension module `ctld_cuda._C` with ninja; everything declarative is in pyproject.toml.
+
+It does not import torch: the extension neither includes nor links it, so one build serves every torch
+version and the isolated build environment stays small.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from check_tools import build_problems, compiler  # noqa: E402  (tools/ is not importable before this line)
+
+# Every backend must produce the same bits: no fused multiply-add, nothing that reorders arithmetic, and
+# nothing that depends on the machine that compiles.
+FLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra"),
+]
+
+# cpu_tile.cpp is compiled once per instruction set; which one runs is decided at run time.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "v1": ["-march=x86-64"],
+        "v3": ["-march=x86-64-v3"],
+        "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    },
+    "aarch64": {"neon": []},
+}
+
+RULES = """\
+rule compile
+  command = $cxx $flags $extra_flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule link
+  command = $cxx -shared -fopenmp -s $in -o $out
+  description = link $out
+"""
+
+
+def ninja_path(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_flags(flags):
+    return shlex.join(flags).replace("$", "$$")
+
+
+def compile_step(obj, source, extra_flags=()):
+    return f"build {obj}: compile {ninja_path(source)}\n  extra_flags = {ninja_flags(extra_flags)}\n"
+
+
+def ninja_text(*, csrc, cxx, machine, python_includes, output, werror):
+    """The build.ninja that compiles the sources in `csrc` and links them into `output`."""
+    flags = [*FLAGS, f"-I{csrc}", *(["-Werror"] if werror else [])]
+    # Only the bindings see Python: the other objects survive a change of the (temporary) build environment.
+    # As system headers, because their warnings are not ours to fix.
+    bindings_flags = [f"-isystem{path}" for path in python_includes]
+    steps = {
+        "module.o": compile_step("module.o", csrc / "module.cpp", bindings_flags),
+        "cpu.o": compile_step("cpu.o", csrc / "cpu.cpp"),
+    }
+    for isa, isa_flags in INSTRUCTION_SETS.get(machine, {"generic": []}).items():
+        obj = f"cpu_tile.{isa}.o"
+        steps[obj] = compile_step(obj, csrc / "cpu_tile.cpp", [*isa_flags, f"-DCTLD_ISA={isa}"])
+    return "".join(
+        [
+            f"cxx = {ninja_flags(cxx)}\n",
+            f"flags = {ninja_flags(flags)}\n",
+            RULES,
+            *steps.values(),
+            f"build {output}: link {' '.join(steps)}\n",
+        ]
+    )
+
+
+def pure_python_notice(problems):
+    frame = "=" * 100
+    reasons = "\n".join(f"  - {problem}" for problem in problems)
+    return (
+        f"\n{frame}\n"
+        "WARNING: installing ctld_cuda WITHOUT its C++ extension. It will work, but slowly, because:\n"
+        f"{reasons}\n"
+        "Install what is missing, then install ctld_cuda again.\n"
+        f"{frame}\n"
+    )
+
+
+class NinjaBuild(build_ext):
+    def run(self):
+        problems = build_problems()
+        if problems:
+            print(pure_python_notice(problems), file=sys.stderr, flush=True)
+            self.discard_extensions()
+        super().run()
+
+    def discard_extensions(self):
+        """Nothing to build, and nothing left over from an earlier build with other sources."""
+        for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        self.extensions = []
+
+    def build_extension(self, extension):
+        import ninja
+        import pybind11
+
+        # Not self.build_temp: an editable install makes that a fresh temporary directory each time, and
+        # every build would start from nothing.
+        build_dir = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        build_dir.mkdir(parents=True, exist_ok=True)
+        library = build_dir / "_C.so"
+        text = ninja_text(
+            csrc=ROOT / "csrc",
+            cxx=compiler(),
+            machine=self.plat_name.rpartition("-")[2],
+            python_includes=[pybind11.get_include(), sysconfig.get_path("include")],
+            output=library.name,
+            werror=os.environ.get("CTLD_WERROR") == "1",
+        )
+        (build_dir / "build.ninja").write_text(text)
+        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir]).returncode != 0:
+            raise CompileError("the C++ extension of ctld_cuda does not compile (see ninja's output above)")
+
+        destination = Path(self.get_ext_fullpath(extension.name))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(library), str(destination))
+
+
+setup(
+    ext_modules=[Extension("ctld_cuda._C", sources=[])],  # the sources are named in ninja_text
+    cmdclass={"build_ext": NinjaBuild},
+)

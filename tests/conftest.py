@@ -1,0 +1,53 @@
+"""Shared by all tests: the --long option and the backends to run on."""
+
+import pytest
+import torch
+
+from ctld_cuda import backend_info
+
+INFO = backend_info()
+INSTRUCTION_SETS = INFO["cpu"]["instruction_sets"] or [None]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run the checks that take many minutes")
+
+
+def pytest_configure(config):
+    # the tests' own tensors are small, and torch's threads wait for each other on a busy machine
+    torch.set_num_threads(1)
+    config.addinivalue_line("markers", "long: takes many minutes; runs with --long only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes many minutes: pass --long"))
+
+
+def require(backend):
+    """Skips with the reason if the backend cannot be used here."""
+    if not INFO[backend]["usable"]:
+        pytest.skip(f"backend {backend}: {INFO[backend]['reason']}")
+    return backend
+
+
+@pytest.fixture(params=list(INFO))
+def backend(request):
+    """Every backend there is."""
+    return require(request.param)
+
+
+@pytest.fixture(params=[name for name in INFO if name != "reference"])
+def compiled_backend(request):
+    """Every backend that is not the specification itself."""
+    return require(request.param)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    """Every instruction set of the CPU backend that runs here."""
+    require("cpu")
+    monkeypatch.setenv("CTLD_INSTRUCTION_SET", request.param)
+    return request.param

@@ -1,0 +1,80 @@
+"""Names what this machine lacks to build ctld_cuda, and the Debian package that supplies it.
+
+Runs under the system's interpreter, before anything is installed: standard library only.
+"""
+
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+
+
+def compiler():
+    """The C++ compiler's command line, as a list."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def python_problem():
+    if sys.version_info < (3, 10):  # noqa: UP036  (too old a Python is what this looks for)
+        return f"Python {sys.version.split()[0]} is too old, 3.10 is needed: apt-get install python3"
+    return None
+
+
+def venv_problem():
+    # Debian ships the module venv without the ensurepip that it needs.
+    try:
+        importlib.import_module("venv")
+        importlib.import_module("ensurepip")
+    except ImportError as error:
+        return f"Python's {error.name} is missing: apt-get install python3-venv"
+    return None
+
+
+def headers_problem():
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the Python headers are missing: apt-get install python3-dev"
+    return None
+
+
+def compiler_problem():
+    command = compiler()
+    if shutil.which(command[0]) is None:
+        return f"the C++ compiler {command[0]} is missing: apt-get install g++"
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "openmp.cpp")
+        source.write_text(OPENMP_PROGRAM)
+        attempt = subprocess.run(
+            [*command, "-std=c++17", "-fopenmp", str(source), "-o", str(source.with_suffix(""))],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    if attempt.returncode != 0:
+        return f"{shlex.join(command)} does not compile C++17 with OpenMP: apt-get install g++"
+    return None
+
+
+def found(*problems):
+    return [problem for problem in problems if problem]
+
+
+def build_problems():
+    """What keeps the C++ extension from being built."""
+    return found(compiler_problem(), headers_problem())
+
+
+def main():
+    problems = found(python_problem(), venv_problem(), *build_problems())
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
