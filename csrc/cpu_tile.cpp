@@ -35,7 +35,7 @@ CTLD_HD void noise_blocks(uint32_t group, Counter counter, const RoundKeys& keys
 #pragma GCC unroll 4
   for (int b = 0; b < count; ++b) {
     Wide even, odd;
-    VectorLane::count(group + static_cast<uint32_t>(b * kLanes), even, odd);
+    VectorLane::groups(group + static_cast<uint32_t>(b * kLanes), even, odd);
     q[2 * b][0] = even;
     q[2 * b + 1][0] = odd;
   }
@@ -79,6 +79,13 @@ struct Sums {
 };
 
 constexpr uint32_t kSaturatedBits = static_cast<uint32_t>(kSaturated);
+
+template <class Real>
+CTLD_HD void add_quanta(Real e, int64_t& sum, uint32_t& seen) {
+  const int32_t q = quanta(e);
+  sum += q;
+  seen |= static_cast<uint32_t>(q);
+}
 
 // Only after a saturation: was it a large finite value, or one that is not finite?
 template <class Stored>
@@ -143,14 +150,10 @@ Sums move_range(Stored* __restrict__ theta, Real* __restrict__ p, const Stored* 
     move<integrator, decay, Real>(position, momentum, load(gradient[i]), static_cast<Real>(xi[i]), c);
     p[i] = momentum;
     store(theta[i], position);
-    const int32_t kinetic = quanta(kinetic_argument<integrator>(momentum, c));
-    sums.kinetic += kinetic;
-    sums.kinetic_seen |= static_cast<uint32_t>(kinetic);
+    add_quanta(kinetic_argument<integrator>(momentum, c), sums.kinetic, sums.kinetic_seen);
     if (decay == Decay::kGradientAndEnergy) {
       const Real stored = load(theta[i]);
-      const int32_t prior = quanta(stored * stored * c.prior);
-      sums.prior += prior;
-      sums.prior_seen |= static_cast<uint32_t>(prior);
+      add_quanta(stored * stored * c.prior, sums.prior, sums.prior_seen);
     }
   }
   return sums;
@@ -185,22 +188,36 @@ void step_pieces(const Tile& tile, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------- blocks of float32
 
-struct VectorSums {
-  Wide kinetic{}, prior{};
-  Word kinetic_seen{}, prior_seen{};
+// Sums of four vectors of quanta at a time: as 64-bit numbers, and of their high halves alone.
+struct VectorSum {
+  Wide whole{}, high{};
+  Word seen{};
+
+  __attribute__((always_inline)) void add(const Word q[4]) {
+    seen |= q[0] | q[1] | q[2] | q[3];
+    const Wide sum = reinterpret_cast<Wide>(q[0] + q[1] + q[2] + q[3]);
+    whole += sum;
+    high += sum >> 32;
+  }
+  // modulo 2^64, in which the sums of low and high halves are exact
+  __attribute__((always_inline)) int64_t total() const {
+    uint64_t all = 0, upper = 0;
+    for (int i = 0; i < kLanes / 2; ++i) {
+      all += whole[i];
+      upper += high[i];
+    }
+    return static_cast<int64_t>(all - (upper << 32) + upper);
+  }
+  __attribute__((always_inline)) uint32_t bits_seen() const {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= seen[i];
+    return bits;
+  }
 };
 
-CTLD_HD Word vector_quanta(Float e, Word& seen) {
-  const Word q = VectorLane::truncate(VectorLane::at_most(e, VectorLane::broadcast(static_cast<float>(kSaturated))));
-  seen |= q;
-  return q;
-}
-
-// four vectors of quanta of at most 2^29 each fit a 32-bit sum
-CTLD_HD Wide widened_sum(Word a, Word b, Word c, Word d) {
-  const Wide sum = reinterpret_cast<Wide>(a + b + c + d);
-  return (sum & 0xFFFFFFFFull) + (sum >> 32);
-}
+struct VectorSums {
+  VectorSum kinetic, prior;
+};
 
 template <Integrator integrator, Decay decay>
 CTLD_HD void move_block(float* theta, float* p, const float* gradient, const Float xi[4],
@@ -214,12 +231,11 @@ CTLD_HD void move_block(float* theta, float* p, const float* gradient, const Flo
     move<integrator, decay, Float>(position, momentum, g, xi[k], c);
     VectorLane::store(p + k * kLanes, momentum);
     VectorLane::store(theta + k * kLanes, position);
-    kinetic[k] = vector_quanta(kinetic_argument<integrator>(momentum, c), sums.kinetic_seen);
-    if (decay == Decay::kGradientAndEnergy)
-      prior[k] = vector_quanta(position * position * c.prior, sums.prior_seen);
+    kinetic[k] = VectorLane::truncate(kinetic_argument<integrator>(momentum, c));
+    if (decay == Decay::kGradientAndEnergy) prior[k] = VectorLane::truncate(position * position * c.prior);
   }
-  sums.kinetic += widened_sum(kinetic[0], kinetic[1], kinetic[2], kinetic[3]);
-  if (decay == Decay::kGradientAndEnergy) sums.prior += widened_sum(prior[0], prior[1], prior[2], prior[3]);
+  sums.kinetic.add(kinetic);
+  if (decay == Decay::kGradientAndEnergy) sums.prior.add(prior);
 }
 
 CTLD_HD Coefficients<Float> broadcast(const Coefficients<float>& c) {
@@ -229,15 +245,21 @@ CTLD_HD Coefficients<Float> broadcast(const Coefficients<float>& c) {
           VectorLane::broadcast(c.kinetic),  VectorLane::broadcast(c.prior)};
 }
 
-CTLD_HD Sums horizontal(const VectorSums& v) {
+// Vector quanta are not clamped: from 2^29 up, or where the conversion failed, one of the highest three
+// bits is set, and then the sum is done again by the definition.
+template <Integrator integrator>
+Sums exact_sums(const VectorSums& v, const float* theta, const float* p, int64_t n, const Coefficients<float>& c) {
+  constexpr uint32_t kSuspicious = ~(kSaturatedBits - 1);
   Sums sums;
-  for (int i = 0; i < kLanes / 2; ++i) {
-    sums.kinetic += static_cast<int64_t>(v.kinetic[i]);
-    sums.prior += static_cast<int64_t>(v.prior[i]);
+  sums.kinetic = v.kinetic.total();
+  sums.prior = v.prior.total();
+  if (v.kinetic.bits_seen() & kSuspicious) {
+    sums.kinetic = 0;
+    for (int64_t i = 0; i < n; ++i) add_quanta(kinetic_argument<integrator>(p[i], c), sums.kinetic, sums.kinetic_seen);
   }
-  for (int i = 0; i < kLanes; ++i) {
-    sums.kinetic_seen |= v.kinetic_seen[i];
-    sums.prior_seen |= v.prior_seen[i];
+  if (v.prior.bits_seen() & kSuspicious) {
+    sums.prior = 0;
+    for (int64_t i = 0; i < n; ++i) add_quanta(theta[i] * theta[i] * c.prior, sums.prior, sums.prior_seen);
   }
   return sums;
 }
@@ -248,7 +270,8 @@ void step_blocks(const Tile& tile, int64_t begin, int64_t n, int64_t chain) {
   float* __restrict__ theta = static_cast<float*>(tile.theta) + begin;
   float* __restrict__ p = static_cast<float*>(tile.p) + begin;
   const float* __restrict__ gradient = static_cast<const float*>(tile.gradient) + begin;
-  const Coefficients<Float> c = broadcast(coefficients_of<integrator, float>(tile, chain));
+  const Coefficients<float> scalars = coefficients_of<integrator, float>(tile, chain);
+  const Coefficients<Float> c = broadcast(scalars);
   const uint32_t first_group = static_cast<uint32_t>((tile.first + begin) >> 2);
   const RoundKeys keys = *tile.keys;
   VectorSums sums;
@@ -262,7 +285,7 @@ void step_blocks(const Tile& tile, int64_t begin, int64_t n, int64_t chain) {
       move_block<integrator, decay>(theta + i, p + i, gradient + i, xi[b], c, sums);
     }
   }
-  add_sums(tile, chain, horizontal(sums), theta, p, n);
+  add_sums(tile, chain, exact_sums<integrator>(sums, theta, p, n, scalars), theta, p, n);
 }
 
 template <Integrator integrator, Decay decay>
@@ -302,9 +325,7 @@ void prior_energy(const Tile& tile) {
     Sums sums;
     for (int64_t i = at; i < end; ++i) {
       const Real value = load(theta[i]);
-      const int32_t q = quanta(value * value * scale);
-      sums.prior += q;
-      sums.prior_seen |= static_cast<uint32_t>(q);
+      add_quanta(value * value * scale, sums.prior, sums.prior_seen);
     }
     add_sums<Real>(tile, chain, sums, theta + at, static_cast<const Real*>(nullptr), n);
     at = end;

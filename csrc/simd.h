@@ -52,12 +52,20 @@ struct VectorLane {
     memcpy(to, &x, sizeof x);
   }
 
-  // 0, 1, 2, ... in the 64-bit lanes, even numbers in `even`, odd ones in `odd`
-  CTLD_MEMBER void count(uint32_t from, Wide& even, Wide& odd) {
-    Wide lane;
-    for (int i = 0; i < kLanes / 2; ++i) lane[i] = static_cast<uint64_t>(2 * i);
-    even = lane + from;
-    odd = even + 1;
+  // The noise group, counted from the first of a block, that 32-bit lane `lane` computes. This order makes
+  // the transposition after it stay within 128-bit parts, which is cheap.
+  CTLD_MEMBER uint64_t group_of_lane(int lane) {
+    return static_cast<uint64_t>(lane % 4 * (kLanes / 4) + lane / 4);
+  }
+  // the groups of the even-numbered lanes, then of the odd-numbered ones
+  CTLD_MEMBER void groups(uint32_t first, Wide& even, Wide& odd) {
+    Wide e, o;
+    for (int i = 0; i < kLanes / 2; ++i) {
+      e[i] = group_of_lane(2 * i);
+      o[i] = group_of_lane(2 * i + 1);
+    }
+    even = e + first;
+    odd = o + first;
   }
 
 #if defined(__AVX512F__)
@@ -65,67 +73,52 @@ struct VectorLane {
     return reinterpret_cast<Wide>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(static_cast<int>(m))));
   }
   CTLD_MEMBER Float square_root(Float x) { return reinterpret_cast<Float>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x))); }
-  // x < limit ? x : limit, so NaN gives limit
-  CTLD_MEMBER Float at_most(Float x, Float limit) {
-    return reinterpret_cast<Float>(_mm512_min_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(limit)));
-  }
   // low words of even and odd numbered lanes, interleaved
   CTLD_MEMBER Word merge(Wide even, Wide odd) {
     __mmask16 odd_words = 0xAAAA;
     return reinterpret_cast<Word>(_mm512_mask_shuffle_epi32(reinterpret_cast<__m512i>(even), odd_words,
                                                             reinterpret_cast<__m512i>(odd), _MM_PERM_CCAA));
   }
-  // column i of in[0..3] becomes four neighbours: out[0..3] hold in[0][0] in[1][0] in[2][0] in[3][0] in[0][1] ...
-  CTLD_MEMBER void transpose(const Float in[4], Float out[4]) {
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-    const auto zip = [](Float a, __m512i order, Float b) {
-      return reinterpret_cast<Float>(_mm512_permutex2var_ps(reinterpret_cast<__m512>(a), order, reinterpret_cast<__m512>(b)));
-    };
-    const Float even_low = zip(in[0], low, in[2]), even_high = zip(in[0], high, in[2]);
-    const Float odd_low = zip(in[1], low, in[3]), odd_high = zip(in[1], high, in[3]);
-    out[0] = zip(even_low, low, odd_low);
-    out[1] = zip(even_low, high, odd_low);
-    out[2] = zip(even_high, low, odd_high);
-    out[3] = zip(even_high, high, odd_high);
+  CTLD_MEMBER Float zip_low(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm512_unpacklo_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  }
+  CTLD_MEMBER Float zip_high(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm512_unpackhi_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
   }
 #elif defined(__AVX2__)
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
     return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi32(static_cast<int>(m))));
   }
   CTLD_MEMBER Float square_root(Float x) { return reinterpret_cast<Float>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x))); }
-  CTLD_MEMBER Float at_most(Float x, Float limit) {
-    return reinterpret_cast<Float>(_mm256_min_ps(reinterpret_cast<__m256>(x), reinterpret_cast<__m256>(limit)));
-  }
   CTLD_MEMBER Word merge(Wide even, Wide odd) {
     const __m256i shifted = _mm256_shuffle_epi32(reinterpret_cast<__m256i>(odd), 0xA0);
     return reinterpret_cast<Word>(_mm256_blend_epi32(reinterpret_cast<__m256i>(even), shifted, 0xAA));
   }
-  CTLD_MEMBER void transpose(const Float in[4], Float out[4]) {
-    const auto v = [](Float x) { return reinterpret_cast<__m256>(x); };
-    const __m256 a = _mm256_unpacklo_ps(v(in[0]), v(in[2])), b = _mm256_unpackhi_ps(v(in[0]), v(in[2]));
-    const __m256 c = _mm256_unpacklo_ps(v(in[1]), v(in[3])), d = _mm256_unpackhi_ps(v(in[1]), v(in[3]));
-    const __m256 p = _mm256_unpacklo_ps(a, c), q = _mm256_unpackhi_ps(a, c);
-    const __m256 r = _mm256_unpacklo_ps(b, d), s = _mm256_unpackhi_ps(b, d);
-    out[0] = reinterpret_cast<Float>(_mm256_permute2f128_ps(p, q, 0x20));
-    out[1] = reinterpret_cast<Float>(_mm256_permute2f128_ps(r, s, 0x20));
-    out[2] = reinterpret_cast<Float>(_mm256_permute2f128_ps(p, q, 0x31));
-    out[3] = reinterpret_cast<Float>(_mm256_permute2f128_ps(r, s, 0x31));
+  CTLD_MEMBER Float zip_low(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm256_unpacklo_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+  }
+  CTLD_MEMBER Float zip_high(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm256_unpackhi_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
   }
 #else
   CTLD_MEMBER Word merge(Wide even, Wide odd) {
     return reinterpret_cast<Word>((even & 0xFFFFFFFFull) | (odd << 32));
   }
-  CTLD_MEMBER void transpose(const Float in[4], Float out[4]) {
-    for (int i = 0; i < 4; ++i) out[i] = Float{in[0][i], in[1][i], in[2][i], in[3][i]};
-  }
-  CTLD_MEMBER Float at_most(Float x, Float limit) { return x < limit ? x : limit; }
 #if defined(__x86_64__)
+  CTLD_MEMBER Float zip_low(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm_unpacklo_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+  }
+  CTLD_MEMBER Float zip_high(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm_unpackhi_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+  }
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
     return reinterpret_cast<Wide>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi32(static_cast<int>(m))));
   }
   CTLD_MEMBER Float square_root(Float x) { return reinterpret_cast<Float>(_mm_sqrt_ps(reinterpret_cast<__m128>(x))); }
-#elif defined(__aarch64__)
+#else
+  CTLD_MEMBER Float zip_low(Float a, Float b) { return Float{a[0], b[0], a[1], b[1]}; }
+  CTLD_MEMBER Float zip_high(Float a, Float b) { return Float{a[2], b[2], a[3], b[3]}; }
+#if defined(__aarch64__)
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
     return reinterpret_cast<Wide>(vmull_n_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), m));
   }
@@ -138,6 +131,18 @@ struct VectorLane {
   }
 #endif
 #endif
+#endif
+
+  // Lane i of in[0..3] holds the four values of one noise group. On return out[0..3] hold them group by
+  // group, in the order that group_of_lane prepared.
+  CTLD_MEMBER void transpose(const Float in[4], Float out[4]) {
+    const Float even_low = zip_low(in[0], in[2]), even_high = zip_high(in[0], in[2]);
+    const Float odd_low = zip_low(in[1], in[3]), odd_high = zip_high(in[1], in[3]);
+    out[0] = zip_low(even_low, odd_low);
+    out[1] = zip_high(even_low, odd_low);
+    out[2] = zip_low(even_high, odd_high);
+    out[3] = zip_high(even_high, odd_high);
+  }
 };
 
 CTLD_NAMESPACE_END
