@@ -148,7 +148,9 @@ def main() -> None:
     print(f"{args.numel} {args.dtype} parameters, {args.rounds} rounds, {machine}\n")
     print(table(times, args.numel))
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "numel": args.numel, "seconds": times}, indent=1))
+        args.json.write_text(
+            json.dumps({"machine": machine, "numel": args.numel, "seconds": times}, indent=1)
+        )
 
 
 if __name__ == "__main__":

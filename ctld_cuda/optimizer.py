@@ -333,7 +333,7 @@ class CTLD(Optimizer):
         return {
             "configuration": self._configuration(),
             "constants": dataclasses.asdict(self._constants),
-            "tensors": self._sampler.snapshot(),
+            "tensors": self._sampler.tensors(),
             "dimension": self._dimension,
             "phase": self.phase,
             "explored": self._explored,
@@ -342,6 +342,9 @@ class CTLD(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's optimizer state plus ``"sampler"``: alpha, the bias, counters, seed and settings.
+
+        As in every torch optimizer its tensors are the live ones: save it, or deepcopy it, before the next
+        step.
 
         Warns (RuntimeWarning) about what ``flags`` recorded since the last call, and about an alpha
         that is not thermal.

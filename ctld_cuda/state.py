@@ -87,10 +87,6 @@ class State:
         """The tensors themselves, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def snapshot(self) -> dict[str, torch.Tensor]:
-        """Copies, by name."""
-        return {name: tensor.clone() for name, tensor in self.tensors().items()}
-
     def check_fits(self, saved: dict[str, torch.Tensor]) -> None:
         """Raises ValueError where ``saved`` could not be restored into this state."""
         mine = self.tensors()

@@ -181,6 +181,11 @@ class TemperingConstants:
         return (np.arange(self.bins) + 0.5) / self.inverse_bin_width
 
 
+def _relaxation_steps(momentum: float) -> int:
+    """Five momentum relaxation times, ceil(5/(1-momentum)); rounded first, so that 0.9 gives 50, not 51."""
+    return math.ceil(round(5 / (1 - momentum), 6))
+
+
 def _coupling(tempering: Tempering) -> str:
     if tempering.coupling == "standardized":
         return STANDARDIZED
@@ -229,7 +234,7 @@ def resolve(
     hottest = temperature * (t.max_temperature if moving else 1.0)
     prior_curvature = num_data * weight_decay / temperature if temperature > 0 else 0.0
     standardized = t.coupling == "standardized"
-    settle = t.settle if t.settle is not None else (math.ceil(5 / (1 - momentum)) if standardized else 0)
+    settle = t.settle if t.settle is not None else (_relaxation_steps(momentum) if standardized else 0)
     hills = t.hills if moving else None
     noise_variance = 1.0 - t.persistence * t.persistence
     return TemperingConstants(

@@ -140,11 +140,9 @@ def loss(value: Any, chains: int | None, device: torch.device) -> Tensor:
             "step(closure), or step(loss=loss.detach()); or construct with tempering=None"
         )
     if not isinstance(value, Tensor):
-        value = (
-            torch.tensor(real("loss", value), dtype=torch.float64)
-            if value == value
-            else torch.tensor(math.nan)
-        )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"the loss must be a tensor or a number, got {value!r}")
+        value = torch.tensor(float(value), dtype=torch.float64)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"the loss must be real, got {value.dtype}")
     if chains is None and value.numel() != 1:
