@@ -124,9 +124,8 @@ def table(times: dict[str, list[float]], numel: int) -> str:
     for name, own in times.items():
         low, middle, high = to_sgd[name]
         nanoseconds = statistics.median(own) / numel * 1e9
-        lines.append(
-            f"| {name} | {nanoseconds:.2f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {1 / to_eager[name][1]:.1f} |"
-        )
+        speedup = 1 / to_eager[name][1]
+        lines.append(f"| {name} | {nanoseconds:.2f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {speedup:.1f} |")
     return "\n".join(lines)
 
 

@@ -236,7 +236,7 @@ def test_a_damaged_state_is_refused_and_nothing_changes(backend, change):
     change(saved)
     optimizer = run(two_groups(SHAPES, backend=backend), 3)
     before, groups = snapshot(optimizer), copy.deepcopy([g["lr"] for g in optimizer.param_groups])
-    with pytest.raises(ValueError, match="state_dict|lr must not be negative"):
+    with pytest.raises(ValueError, match=r"state_dict|lr must not be negative"):
         optimizer.load_state_dict(saved)
     assert differing(before, snapshot(optimizer)) == []
     assert [g["lr"] for g in optimizer.param_groups] == groups and optimizer.phase == "explore"
