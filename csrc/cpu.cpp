@@ -148,8 +148,8 @@ void CpuPlan::temper(const double* loss, int threads) {
 
 // Calls choose(tensor, pointers), which returns the function for a tensor's tiles or nullptr to skip it.
 template <class Choose>
-void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers, const std::vector<GroupCoefficients>& groups,
-                        int threads, Choose choose) {
+void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
+                        const std::vector<GroupCoefficients>& groups, int threads, Choose choose) {
   const uint64_t step = static_cast<uint64_t>(*state_.step);
 #pragma omp parallel for schedule(static) num_threads(useful_threads(elements_, threads))
   for (uint32_t chunk = 0; chunk < chunks_; ++chunk) {
@@ -181,8 +181,9 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers, const std::
   }
 }
 
-void CpuPlan::explore(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
-                      Integrator integrator, const double* loss, int threads) {
+void CpuPlan::explore(const std::vector<TensorPointers>& tensors,
+                      const std::vector<GroupCoefficients>& groups, Integrator integrator, const double* loss,
+                      int threads) {
   if (constants_.bins) temper(loss, threads);
   std::fill_n(state_.kinetic, chains_, 0);
   std::fill_n(state_.prior, chains_, 0);
@@ -197,16 +198,17 @@ void CpuPlan::explore(const std::vector<TensorPointers>& tensors, const std::vec
   *state_.step += 1;
 }
 
-void CpuPlan::finetune(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
-                       int threads) {
+void CpuPlan::finetune(const std::vector<TensorPointers>& tensors,
+                       const std::vector<GroupCoefficients>& groups, int threads) {
   std::fill(scale_.begin(), scale_.end(), 1.0);
   std::fill(rescale_.begin(), rescale_.end(), 1.0);
   const auto& steps = kernels_->step[static_cast<int>(Integrator::kMomentumSgd)];
-  for_tiles(tensors, groups, threads, [&](const TensorInfo& tensor, const TensorPointers& at) -> TileFunction {
-    if (!at.gradient) return nullptr;
-    const Decay decay = groups[tensor.group].weight_decay != 0.0 ? Decay::kGradient : Decay::kNone;
-    return steps[static_cast<int>(decay)][static_cast<int>(tensor.dtype)];
-  });
+  for_tiles(tensors, groups, threads,
+            [&](const TensorInfo& tensor, const TensorPointers& at) -> TileFunction {
+              if (!at.gradient) return nullptr;
+              const Decay decay = groups[tensor.group].weight_decay != 0.0 ? Decay::kGradient : Decay::kNone;
+              return steps[static_cast<int>(decay)][static_cast<int>(tensor.dtype)];
+            });
   *state_.step += 1;
 }
 

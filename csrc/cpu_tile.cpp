@@ -19,10 +19,10 @@ using Word = VectorLane::Word;
 using Wide = VectorLane::Wide;
 
 constexpr int kLanes = VectorLane::kLanes;
-constexpr int kBlock = 4 * kLanes;   // elements whose noise one set of vectors makes
-constexpr int kInterleaved = 2;      // blocks computed together, to hide latency
-constexpr int kPiece = 512;          // elements that pass through the noise buffer at a time
-constexpr int kLongChain = 1024;     // from here on a chain is worth vector blocks of its own
+constexpr int kBlock = 4 * kLanes;  // elements whose noise one set of vectors makes
+constexpr int kInterleaved = 2;     // blocks computed together, to hide latency
+constexpr int kPiece = 512;         // elements that pass through the noise buffer at a time
+constexpr int kLongChain = 1024;    // from here on a chain is worth vector blocks of its own
 
 static_assert(kTileElements % (kInterleaved * kBlock) == 0 && kPiece % kBlock == 0, "whole blocks");
 
@@ -96,7 +96,7 @@ int64_t flags_of(const Stored* x, int64_t n, int64_t saturated, double scale) {
     using Real = decltype(load(x[i]));
     if (!is_finite(value)) {
       flags |= kNonfiniteParameter;
-    } else if (quanta(value * value * static_cast<Real>(scale)) == kSaturated) {
+    } else if (scale != 0.0 && quanta(value * value * static_cast<Real>(scale)) == kSaturated) {
       flags |= saturated;
     }
   }
@@ -104,7 +104,8 @@ int64_t flags_of(const Stored* x, int64_t n, int64_t saturated, double scale) {
 }
 
 template <class Real, class Stored>
-void add_sums(const Tile& tile, int64_t chain, const Sums& sums, const Stored* theta, const Real* p, int64_t n) {
+void add_sums(const Tile& tile, int64_t chain, const Sums& sums, const Stored* theta, const Real* p,
+              int64_t n) {
   __atomic_fetch_add(tile.kinetic + chain, sums.kinetic, __ATOMIC_RELAXED);
   if (sums.prior) __atomic_fetch_add(tile.prior + chain, sums.prior, __ATOMIC_RELAXED);
   int64_t flags = 0;
@@ -239,23 +240,25 @@ CTLD_HD void move_block(float* theta, float* p, const float* gradient, const Flo
 }
 
 CTLD_HD Coefficients<Float> broadcast(const Coefficients<float>& c) {
-  return {VectorLane::broadcast(c.retain),   VectorLane::broadcast(c.gradient),
-          VectorLane::broadcast(c.drift),    VectorLane::broadcast(c.momentum),
-          VectorLane::broadcast(c.noise),    VectorLane::broadcast(c.weight_decay),
-          VectorLane::broadcast(c.kinetic),  VectorLane::broadcast(c.prior)};
+  return {VectorLane::broadcast(c.retain),  VectorLane::broadcast(c.gradient),
+          VectorLane::broadcast(c.drift),   VectorLane::broadcast(c.momentum),
+          VectorLane::broadcast(c.noise),   VectorLane::broadcast(c.weight_decay),
+          VectorLane::broadcast(c.kinetic), VectorLane::broadcast(c.prior)};
 }
 
-// Vector quanta are not clamped: from 2^29 up, or where the conversion failed, one of the highest three
-// bits is set, and then the sum is done again by the definition.
+// Vector quanta need not be clamped: where they should have been, one of the highest three bits is set,
+// and the sum is done again by the definition.
 template <Integrator integrator>
-Sums exact_sums(const VectorSums& v, const float* theta, const float* p, int64_t n, const Coefficients<float>& c) {
+Sums exact_sums(const VectorSums& v, const float* theta, const float* p, int64_t n,
+                const Coefficients<float>& c) {
   constexpr uint32_t kSuspicious = ~(kSaturatedBits - 1);
   Sums sums;
   sums.kinetic = v.kinetic.total();
   sums.prior = v.prior.total();
   if (v.kinetic.bits_seen() & kSuspicious) {
     sums.kinetic = 0;
-    for (int64_t i = 0; i < n; ++i) add_quanta(kinetic_argument<integrator>(p[i], c), sums.kinetic, sums.kinetic_seen);
+    for (int64_t i = 0; i < n; ++i)
+      add_quanta(kinetic_argument<integrator>(p[i], c), sums.kinetic, sums.kinetic_seen);
   }
   if (v.prior.bits_seen() & kSuspicious) {
     sums.prior = 0;
@@ -290,7 +293,8 @@ void step_blocks(const Tile& tile, int64_t begin, int64_t n, int64_t chain) {
 
 template <Integrator integrator, Decay decay>
 void step_float32(const Tile& tile) {
-  if (tile.chain_length < kLongChain) return step_pieces<integrator, decay, float, float>(tile, 0, tile.count);
+  if (tile.chain_length < kLongChain)
+    return step_pieces<integrator, decay, float, float>(tile, 0, tile.count);
   for (int64_t at = 0; at < tile.count;) {
     const int64_t chain = (tile.first + at) / tile.chain_length;
     const int64_t chain_end = (chain + 1) * tile.chain_length - tile.first;
@@ -334,16 +338,12 @@ void prior_energy(const Tile& tile) {
 
 // -------------------------------------------------------------------------------------- table
 
-#define CTLD_STEPS(integrator, decay)                                  \
-  {                                                                    \
-    step_float32<integrator, decay>, step_other<integrator, decay, float, BFloat16>, \
-        step_other<integrator, decay, float, Float16>, step_other<integrator, decay, double, double> \
-  }
-#define CTLD_DECAYS(integrator)                                                              \
-  {                                                                                          \
-    CTLD_STEPS(integrator, Decay::kNone), CTLD_STEPS(integrator, Decay::kGradient),          \
-        CTLD_STEPS(integrator, Decay::kGradientAndEnergy)                                    \
-  }
+#define CTLD_STEPS(integrator, decay)                                               \
+  {step_float32<integrator, decay>, step_other<integrator, decay, float, BFloat16>, \
+   step_other<integrator, decay, float, Float16>, step_other<integrator, decay, double, double>}
+#define CTLD_DECAYS(integrator)                                                    \
+  {CTLD_STEPS(integrator, Decay::kNone), CTLD_STEPS(integrator, Decay::kGradient), \
+   CTLD_STEPS(integrator, Decay::kGradientAndEnergy)}
 
 #define CTLD_STRINGIFY_(x) #x
 #define CTLD_STRINGIFY(x) CTLD_STRINGIFY_(x)

@@ -128,7 +128,8 @@ class Plan {
 
   // three addresses per tensor: parameter, momentum, gradient
   void refresh(const std::vector<uintptr_t>& addresses) {
-    if (addresses.size() != 3 * pointers_.size()) throw py::value_error("three addresses per tensor expected");
+    if (addresses.size() != 3 * pointers_.size())
+      throw py::value_error("three addresses per tensor expected");
     for (std::size_t i = 0; i < pointers_.size(); ++i) {
       pointers_[i] = {pointer<void>(addresses[3 * i]), pointer<void>(addresses[3 * i + 1]),
                       pointer<const void>(addresses[3 * i + 2])};
@@ -141,8 +142,8 @@ class Plan {
 };
 
 // `groups` * 4 normals from noise group `first_group` on
-void normal(uint64_t seed, uint64_t step, uint32_t stream, uint32_t index, uint32_t first_group, int64_t groups,
-            uintptr_t to, const std::string& isa) {
+void normal(uint64_t seed, uint64_t step, uint32_t stream, uint32_t index, uint32_t first_group,
+            int64_t groups, uintptr_t to, const std::string& isa) {
   const auto* kernels = kernels_named(isa);
   const auto keys = ctld::round_keys(seed);
   const auto counter = ctld::make_counter(step, stream, index);

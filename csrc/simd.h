@@ -37,7 +37,9 @@ struct VectorLane {
   CTLD_MEMBER Wide widen(uint32_t x) { return reinterpret_cast<Wide>(Word{} + x); }
   CTLD_MEMBER Word bits(Float x) { return reinterpret_cast<Word>(x); }
   CTLD_MEMBER Float from_bits(Word x) { return reinterpret_cast<Float>(x); }
-  CTLD_MEMBER Float signed_to_float(Word x) { return __builtin_convertvector(reinterpret_cast<Int>(x), Float); }
+  CTLD_MEMBER Float signed_to_float(Word x) {
+    return __builtin_convertvector(reinterpret_cast<Int>(x), Float);
+  }
   CTLD_MEMBER Word truncate(Float x) { return reinterpret_cast<Word>(__builtin_convertvector(x, Int)); }
   CTLD_MEMBER Wide high(Wide a) { return a >> 32; }
 
@@ -70,9 +72,12 @@ struct VectorLane {
 
 #if defined(__AVX512F__)
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
-    return reinterpret_cast<Wide>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(static_cast<int>(m))));
+    return reinterpret_cast<Wide>(
+        _mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(static_cast<int>(m))));
   }
-  CTLD_MEMBER Float square_root(Float x) { return reinterpret_cast<Float>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x))); }
+  CTLD_MEMBER Float square_root(Float x) {
+    return reinterpret_cast<Float>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+  }
   // low words of even and odd numbered lanes, interleaved
   CTLD_MEMBER Word merge(Wide even, Wide odd) {
     __mmask16 odd_words = 0xAAAA;
@@ -80,25 +85,32 @@ struct VectorLane {
                                                             reinterpret_cast<__m512i>(odd), _MM_PERM_CCAA));
   }
   CTLD_MEMBER Float zip_low(Float a, Float b) {
-    return reinterpret_cast<Float>(_mm512_unpacklo_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+    return reinterpret_cast<Float>(
+        _mm512_unpacklo_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
   }
   CTLD_MEMBER Float zip_high(Float a, Float b) {
-    return reinterpret_cast<Float>(_mm512_unpackhi_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+    return reinterpret_cast<Float>(
+        _mm512_unpackhi_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
   }
 #elif defined(__AVX2__)
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
-    return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi32(static_cast<int>(m))));
+    return reinterpret_cast<Wide>(
+        _mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi32(static_cast<int>(m))));
   }
-  CTLD_MEMBER Float square_root(Float x) { return reinterpret_cast<Float>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x))); }
+  CTLD_MEMBER Float square_root(Float x) {
+    return reinterpret_cast<Float>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+  }
   CTLD_MEMBER Word merge(Wide even, Wide odd) {
     const __m256i shifted = _mm256_shuffle_epi32(reinterpret_cast<__m256i>(odd), 0xA0);
     return reinterpret_cast<Word>(_mm256_blend_epi32(reinterpret_cast<__m256i>(even), shifted, 0xAA));
   }
   CTLD_MEMBER Float zip_low(Float a, Float b) {
-    return reinterpret_cast<Float>(_mm256_unpacklo_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+    return reinterpret_cast<Float>(
+        _mm256_unpacklo_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
   }
   CTLD_MEMBER Float zip_high(Float a, Float b) {
-    return reinterpret_cast<Float>(_mm256_unpackhi_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+    return reinterpret_cast<Float>(
+        _mm256_unpackhi_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
   }
 #else
   CTLD_MEMBER Word merge(Wide even, Wide odd) {
@@ -112,9 +124,12 @@ struct VectorLane {
     return reinterpret_cast<Float>(_mm_unpackhi_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
   }
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
-    return reinterpret_cast<Wide>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi32(static_cast<int>(m))));
+    return reinterpret_cast<Wide>(
+        _mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi32(static_cast<int>(m))));
   }
-  CTLD_MEMBER Float square_root(Float x) { return reinterpret_cast<Float>(_mm_sqrt_ps(reinterpret_cast<__m128>(x))); }
+  CTLD_MEMBER Float square_root(Float x) {
+    return reinterpret_cast<Float>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
+  }
 #else
   CTLD_MEMBER Float zip_low(Float a, Float b) { return Float{a[0], b[0], a[1], b[1]}; }
   CTLD_MEMBER Float zip_high(Float a, Float b) { return Float{a[2], b[2], a[3], b[3]}; }
@@ -122,7 +137,9 @@ struct VectorLane {
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
     return reinterpret_cast<Wide>(vmull_n_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), m));
   }
-  CTLD_MEMBER Float square_root(Float x) { return reinterpret_cast<Float>(vsqrtq_f32(reinterpret_cast<float32x4_t>(x))); }
+  CTLD_MEMBER Float square_root(Float x) {
+    return reinterpret_cast<Float>(vsqrtq_f32(reinterpret_cast<float32x4_t>(x)));
+  }
 #else
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) { return (a & 0xFFFFFFFFull) * m; }
   CTLD_MEMBER Float square_root(Float x) {

@@ -67,9 +67,14 @@ class Slot:
         self.index = index
         self.group = group
         self.dtype = parameter.dtype
+        self.shape = parameter.shape
         self.strides = parameter.stride()
         self.direct = in_memory_order(parameter, chains)
+        self.empty = parameter.numel() == 0
+        self.active = False
+        self._address: int | None = None
         self.momentum = self._new_momentum() if momentum is None else momentum
+        self.momentum_address = self.momentum.data_ptr()
         self._staged_parameter: Tensor | None = None
         self._staged_gradient: Tensor | None = None
 
@@ -84,19 +89,24 @@ class Slot:
         """float64 for float64 parameters, float32 for all others."""
         return self._strided(torch.float64 if self.dtype == torch.float64 else torch.float32).zero_()
 
-    def check_unchanged(self) -> None:
-        """Raises RuntimeError if the parameter was moved or converted since the optimizer took it."""
-        p = self.parameter
-        if p.dtype != self.dtype or p.stride() != self.strides or p.device != self.momentum.device:
-            raise RuntimeError(
-                f"parameter {self.index} changed its dtype, device or memory layout after the optimizer was "
-                "made (model.to(...), .half(), ...): convert the model first, then make the optimizer"
-            )
+    def inspect(self) -> None:
+        """Looks at the parameter before a step: decides ``active``; frozen and empty ones are not.
 
-    @property
-    def active(self) -> bool:
-        """Frozen and empty parameters take no part in a step."""
-        return self.parameter.requires_grad and self.parameter.numel() > 0
+        Raises:
+            RuntimeError: if it was moved or converted since the optimizer took it.
+        """
+        p = self.parameter
+        self.active = p.requires_grad and not self.empty
+        address = p.data_ptr()
+        layout_kept = p.stride() == self.strides and p.shape == self.shape
+        if address == self._address and layout_kept:
+            return
+        if not layout_kept or p.dtype != self.dtype or p.device != self.momentum.device:
+            raise RuntimeError(
+                f"parameter {self.index} changed its shape, dtype, device or memory layout after the optimizer "
+                "was made (model.to(...), .half(), ...): convert the model first, then make the optimizer"
+            )
+        self._address = address
 
     def theta(self) -> Tensor:
         """The parameter flat: a view, or a copy to be written back by :meth:`commit`."""
@@ -108,7 +118,7 @@ class Slot:
         return self._staged_parameter.copy_(p).view(-1)
 
     def commit(self) -> None:
-        """Writes a staged parameter back."""
+        """Writes a staged parameter back; nothing to do for a view."""
         if not self.direct:
             self.parameter.detach().copy_(self._staged_parameter)
 

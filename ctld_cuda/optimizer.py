@@ -189,7 +189,7 @@ class CTLD(Optimizer):
         )
         self._prepare()
         for slot in self._slots:
-            slot.check_unchanged()
+            slot.inspect()
             validation.gradient(slot.parameter, slot.index)
         if not exploring:
             self._backend.finetune(self._finetune_groups(hypers))

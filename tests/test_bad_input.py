@@ -164,6 +164,13 @@ def convert(optimizer):
     return 1.0
 
 
+def shrink(optimizer):
+    p = optimizer.param_groups[1]["params"][0]
+    p.grad = None
+    p.data = p.data[:2]
+    return 1.0
+
+
 SPOILED = {
     "no loss": (lambda optimizer: None, ValueError, "needs the mean minibatch loss"),
     "loss of three elements": (lambda optimizer: torch.ones(3), ValueError, "scalar"),
@@ -174,6 +181,7 @@ SPOILED = {
     "negative lr": (set_option("lr", -0.1), ValueError, "lr"),
     "lr not finite": (set_option("lr", torch.tensor(NAN)), ValueError, "lr"),
     "momentum of one": (set_option("momentum", 1.0), ValueError, "momentum"),
+    "shrunk parameter": (shrink, RuntimeError, "after the optimizer was made"),
     "converted parameter": (convert, RuntimeError, "after the optimizer was made"),
 }
 

@@ -49,7 +49,9 @@ struct ScalarLane {
   CTLD_MEMBER Float broadcast(float x) { return x; }
   CTLD_MEMBER Wide widen(uint32_t x) { return x; }
   // low 32 bits of a times m, all 64 bits of it
-  CTLD_MEMBER Wide multiply(Wide a, uint32_t m) { return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m; }
+  CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;
+  }
   CTLD_MEMBER Wide high(Wide a) { return a >> 32; }
   CTLD_MEMBER Word bits(Float x) { return bit_cast<uint32_t>(x); }
   CTLD_MEMBER Float from_bits(Word x) { return bit_cast<float>(x); }

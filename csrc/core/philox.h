@@ -45,7 +45,8 @@ CTLD_HD void philox_round(typename Lane::Wide q[4], const RoundKeys& keys, int r
 
 // On return the low 32 bits of q[0..3] are the four words of noise group `group`.
 template <class Lane>
-CTLD_HD void philox(typename Lane::Wide group, Counter counter, const RoundKeys& keys, typename Lane::Wide q[4]) {
+CTLD_HD void philox(typename Lane::Wide group, Counter counter, const RoundKeys& keys,
+                    typename Lane::Wide q[4]) {
   q[0] = group;
   q[1] = Lane::widen(counter.index);
   q[2] = Lane::widen(counter.step_low);

@@ -163,8 +163,8 @@ struct ChainStep {
   Visit visit;
 };
 
-CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prior, double xi, const Bias& bias,
-                               const TemperingConstants& c, int64_t chains) {
+CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prior, double xi,
+                               const Bias& bias, const TemperingConstants& c, int64_t chains) {
   const double energy = c.energy_scale * loss + static_cast<double>(prior) * power_of_two(-c.prior_exponent);
   const double largest = 0x1p+62 / static_cast<double>(chains) * power_of_two(-c.energy_exponent);
   const bool finite = is_finite(energy);
@@ -264,8 +264,7 @@ CTLD_HD void deposit_hills(const int64_t* count, double t, int64_t chains, doubl
   double below = weight * static_cast<double>(count[0]) / per_chain;
   double here = below;
   for (int32_t bin = 0; bin < c.bins; ++bin) {
-    const double above =
-        bin + 1 < c.bins ? weight * static_cast<double>(count[bin + 1]) / per_chain : here;
+    const double above = bin + 1 < c.bins ? weight * static_cast<double>(count[bin + 1]) / per_chain : here;
     hills[bin] = hills[bin] + (here + (0.5 * below + 0.5 * above));
     below = here;
     here = above;

@@ -38,6 +38,7 @@ class CpuBackend:
         self, slots: Sequence[Slot], state: State, constants: TemperingConstants, seed: int, integrator: str
     ) -> None:
         self._slots = slots
+        self._staged = [slot for slot in slots if not slot.direct]
         self._state = state  # keeps the tensors behind the addresses alive
         self._baoab = integrator == "baoab"
         infos = [(s.parameter.numel(), s.index, s.group, _DTYPES[s.dtype]) for s in slots]
@@ -80,16 +81,15 @@ class CpuBackend:
                 continue
             theta = slot.parameter if slot.direct else slot.theta()
             gradient = slot.gradient()
-            tensors.append(gradient)
-            addresses += (
-                theta.data_ptr(),
-                slot.momentum.data_ptr(),
-                0 if gradient is None else gradient.data_ptr(),
-            )
+            if gradient is None:
+                addresses += (theta.data_ptr(), slot.momentum_address, 0)
+            else:
+                tensors.append(gradient)
+                addresses += (theta.data_ptr(), slot.momentum_address, gradient.data_ptr())
         return addresses, tensors
 
     def _commit(self) -> None:
-        for slot in self._slots:
+        for slot in self._staged:
             if slot.active:
                 slot.commit()
 
