@@ -224,7 +224,7 @@ class CTLD(Optimizer):
     def _finetune_groups(self, hypers: list[tuple[float, float, float]]) -> list[Coefficients]:
         groups = []
         for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
-            if group["momentum_unit"] is None:
+            if group["momentum_unit"] is None:  # the first step of this phase
                 # without a positive lr so far any unit serves: it cancels in theta
                 reference_lr = group["last_lr"] or lr or 1.0
                 group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
@@ -255,10 +255,6 @@ class CTLD(Optimizer):
         if self.phase == EXPLORE:
             self.phase = FINETUNE
             self._sampler.temperature.zero_()
-            for group in self.param_groups:
-                _, momentum, _ = validation.hyper_parameters(group)
-                if group["last_lr"]:
-                    group["momentum_unit"] = momentum_unit(group["last_lr"], momentum, self.num_data)
 
     # ---------------------------------------------------------------------------------- reporting
 
