@@ -103,8 +103,8 @@ class Slot:
             return
         if not layout_kept or p.dtype != self.dtype or p.device != self.momentum.device:
             raise RuntimeError(
-                f"parameter {self.index} changed its shape, dtype, device or memory layout after the optimizer "
-                "was made (model.to(...), .half(), ...): convert the model first, then make the optimizer"
+                f"parameter {self.index} changed its shape, dtype, device or memory layout after the "
+                "optimizer was made (model.to(...), .half(), ...): convert the model first"
             )
         self._address = address
 

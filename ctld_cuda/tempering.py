@@ -226,8 +226,8 @@ def resolve(
     """Numbers for the backends; ``tempering=None`` gives a coordinate that never leaves alpha = 0.
 
     ``dimension`` counts the parameters of one chain; ``momentum`` and ``weight_decay`` are the largest
-    of all groups. The fixed-point exponents leave room for momenta of 16 standard deviations at the
-    highest temperature and for parameters of magnitude 16.
+    of all groups. The fixed-point exponents leave room for momenta of 128 standard deviations at the
+    highest temperature (the first gradients are large) and for parameters of magnitude 64.
     """
     moving = tempering is not None
     t = tempering if moving else Tempering()
@@ -256,7 +256,7 @@ def resolve(
         hill_height=hills.height if hills else 0.0,
         hill_gain=hills.gain if hills else 0.0,
         settle=settle if moving else 0,
-        kinetic_exponent=fixed_point_exponent(128.0 * hottest),
-        prior_exponent=min(20, fixed_point_exponent(128.0 * prior_curvature)),
+        kinetic_exponent=fixed_point_exponent(0.5 * 128.0**2 * hottest),
+        prior_exponent=min(20, fixed_point_exponent(0.5 * 64.0**2 * prior_curvature)),
         energy_exponent=20,
     )
