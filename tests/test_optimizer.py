@@ -381,15 +381,15 @@ def test_prior_energy_is_felt_and_follows_foreign_writes(backend):
     (p,) = make_parameters([(1000,)])
     optimizer = make([p], backend, weight_decay=0.5, tempering=Tempering(coupling="exact"))
 
-    def prior():
-        quanta = float(optimizer._sampler.prior)
-        return quanta * 2.0**-optimizer._constants.prior_exponent
+    quantum = 2.0**-optimizer._constants.prior_exponent
 
-    def exact():
-        return 0.5 * 10 * 0.5 * float((p.detach().double() ** 2).sum())
+    def shortfall():
+        """Exact minus stored prior energy, in quanta: truncation takes at most one per element."""
+        exact = 0.5 * 10 * 0.5 * float((p.detach().double() ** 2).sum())
+        return (exact - float(optimizer._sampler.prior) * quantum) / quantum
 
     run(optimizer, 3)
-    assert prior() == pytest.approx(exact(), rel=1e-4)
+    assert 0 < shortfall() < 1000
     with torch.no_grad():
         p.mul_(3.0)
     seen = []
@@ -397,13 +397,12 @@ def test_prior_energy_is_felt_and_follows_foreign_writes(backend):
 
     class Spy(type(optimizer._backend)):
         def explore(self, groups, loss):
-            seen.append(prior())
+            seen.append(shortfall())
             return original(self, groups, loss)
 
     optimizer._backend.__class__ = Spy
-    expected = exact()
     optimizer.step(loss=0.0)
-    assert seen == [pytest.approx(expected, rel=1e-4)]
+    assert 0 < seen[0] < 1000
 
 
 # -------------------------------------------------------------------------------------- reporting
