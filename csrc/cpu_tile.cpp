@@ -50,14 +50,23 @@ CTLD_HD void noise_blocks(uint32_t group, Counter counter, const RoundKeys& keys
 #pragma GCC unroll 8
     for (int b = 0; b < 2 * count; ++b) philox_round<VectorLane>(q[b], keys, round);
   }
+  // all radii and angles of the blocks in lockstep: their long chains of dependent operations hide each other
+  using Pairs = Lockstep<2 * count>;
+  typename Pairs::Word radius, angle;
 #pragma GCC unroll 4
   for (int b = 0; b < count; ++b) {
-    Word word[4];
-    Float pairs[4];
+    const Wide *even = q[2 * b], *odd = q[2 * b + 1];
+    radius.part[2 * b] = VectorLane::merge(even[0], odd[0]);
+    angle.part[2 * b] = VectorLane::merge(even[1], odd[1]);
+    radius.part[2 * b + 1] = VectorLane::merge(even[2], odd[2]);
+    angle.part[2 * b + 1] = VectorLane::merge(even[3], odd[3]);
+  }
+  typename Pairs::Float first, second;
+  box_muller<Pairs>(radius, angle, first, second);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) word[k] = VectorLane::merge(q[2 * b][k], q[2 * b + 1][k]);
-    box_muller<VectorLane>(word[0], word[1], pairs[0], pairs[1]);
-    box_muller<VectorLane>(word[2], word[3], pairs[2], pairs[3]);
+  for (int b = 0; b < count; ++b) {
+    const Float pairs[4] = {first.part[2 * b], second.part[2 * b], first.part[2 * b + 1],
+                            second.part[2 * b + 1]};
     VectorLane::transpose(pairs, xi[b]);
   }
 }

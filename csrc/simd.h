@@ -162,4 +162,56 @@ struct VectorLane {
   }
 };
 
+// A lane of `n` vectors that go through the same operations in lockstep, so that their chains of dependent
+// operations hide each other's latency.
+template <int n>
+struct Lockstep {
+  template <class Part>
+  struct Parts {
+    Part part[n];
+    template <class Operation>
+    __attribute__((always_inline)) static Parts each(Operation operation) {
+      Parts result;
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) result.part[i] = operation(i);
+      return result;
+    }
+#define CTLD_OPERATOR(op)                                                                      \
+  __attribute__((always_inline)) friend Parts operator op(const Parts& a, const Parts& b) {    \
+    return each([&](int i) __attribute__((always_inline)) { return a.part[i] op b.part[i]; }); \
+  }                                                                                            \
+  template <class Scalar>                                                                      \
+  __attribute__((always_inline)) friend Parts operator op(const Parts& a, Scalar b) {          \
+    return each([&](int i) __attribute__((always_inline)) { return a.part[i] op b; });         \
+  }
+    CTLD_OPERATOR(+)
+    CTLD_OPERATOR(-)
+    CTLD_OPERATOR(*)
+    CTLD_OPERATOR(&)
+    CTLD_OPERATOR(|)
+#undef CTLD_OPERATOR
+  };
+  using Float = Parts<VectorLane::Float>;
+  using Word = Parts<VectorLane::Word>;
+
+  CTLD_MEMBER Float broadcast(float x) {
+    return Float::each([&](int) __attribute__((always_inline)) { return VectorLane::broadcast(x); });
+  }
+  CTLD_MEMBER Word bits(const Float& x) {
+    return Word::each([&](int i) __attribute__((always_inline)) { return VectorLane::bits(x.part[i]); });
+  }
+  CTLD_MEMBER Float from_bits(const Word& x) {
+    return Float::each([&](int i)
+                           __attribute__((always_inline)) { return VectorLane::from_bits(x.part[i]); });
+  }
+  CTLD_MEMBER Float signed_to_float(const Word& x) {
+    return Float::each([&](int i)
+                           __attribute__((always_inline)) { return VectorLane::signed_to_float(x.part[i]); });
+  }
+  CTLD_MEMBER Float square_root(const Float& x) {
+    return Float::each([&](int i)
+                           __attribute__((always_inline)) { return VectorLane::square_root(x.part[i]); });
+  }
+};
+
 CTLD_NAMESPACE_END
