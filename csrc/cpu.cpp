@@ -151,7 +151,8 @@ template <class Choose>
 void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
                         const std::vector<GroupCoefficients>& groups, int threads, Choose choose) {
   const uint64_t step = static_cast<uint64_t>(*state_.step);
-#pragma omp parallel for schedule(static) num_threads(useful_threads(elements_, threads))
+  // dynamic: a core that somebody else slows down does not hold up the others
+#pragma omp parallel for schedule(dynamic, 8) num_threads(useful_threads(elements_, threads))
   for (uint32_t chunk = 0; chunk < chunks_; ++chunk) {
     const uint32_t i = find_tensor(first_chunk_.data(), static_cast<uint32_t>(tensors_.size()), chunk);
     const TensorInfo& tensor = tensors_[i];
