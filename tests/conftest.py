@@ -1,5 +1,8 @@
 """Shared by all tests: the --long option and the backends to run on."""
 
+import os
+import secrets
+
 import pytest
 import torch
 
@@ -51,3 +54,15 @@ def instruction_set(request, monkeypatch):
     require("cpu")
     monkeypatch.setenv("CTLD_INSTRUCTION_SET", request.param)
     return request.param
+
+
+@pytest.fixture
+def compiled():
+    """The compiled backend for tests that would take hours with the specification itself."""
+    return require("cpu")
+
+
+@pytest.fixture
+def seed():
+    """Another one at every run, unless CTLD_TEST_SEED says which."""
+    return int(os.environ.get("CTLD_TEST_SEED") or secrets.randbits(62))

@@ -8,8 +8,6 @@ CTLD_TEST_SEED repeats the run of a failure, whose message names it.
 
 import itertools
 import math
-import os
-import secrets
 
 import pytest
 import torch
@@ -23,12 +21,6 @@ BLOCK = 1 << 17  # draws at a time: what fits into a cache
 # the compiled generator makes the bits of the reference (tested elsewhere), a hundred times faster
 BLOCKS = 768 if ISA else 8  # 1e8 draws
 FEWER_BLOCKS = 96 if ISA else 8  # 1.2e7
-
-
-@pytest.fixture
-def seed():
-    """Another one at every run, unless CTLD_TEST_SEED says which."""
-    return int(os.environ.get("CTLD_TEST_SEED") or secrets.randbits(62))
 
 
 def repeat(seed):
