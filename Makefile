@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/core/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/core/*.h)
 
 .DEFAULT_GOAL := help
 
@@ -17,11 +17,19 @@ demo: .venv/installed  ## train the example; options in ARGS="..."
 
 .PHONY: test
 test: .venv/installed  ## run the tests; pytest's options in ARGS="..."
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 .PHONY: bench
 bench: .venv/installed  ## time one optimizer step; options in ARGS="..."
 	$(BIN)/python bench/step.py $(ARGS)
+
+.PHONY: gpu
+gpu:  ## build, check and measure on a GPU; see bench/gpu_check.sh
+	PYTHON=$(PYTHON) bash bench/gpu_check.sh
+
+.PHONY: check-cuda
+check-cuda: .venv/installed  ## compile the CUDA kernels for all GPUs and check the machine code
+	$(BIN)/python tools/check_cuda.py
 
 .PHONY: lint
 lint: .venv/installed  ## check style and formatting
@@ -51,7 +59,7 @@ check-tools:  ## name the system packages that are missing
 	$(BIN)/python tools/install_torch.py
 	@touch $@
 
-.venv/installed: .venv/torch setup.py pyproject.toml tools/check_tools.py $(SOURCES)
+.venv/installed: .venv/torch setup.py pyproject.toml tools/check_tools.py tools/cuda_toolkit.py $(SOURCES)
 	@$(PYTHON) tools/check_tools.py
 	$(BIN)/pip install --quiet -e ".[test,examples,dev]"
 	@touch $@

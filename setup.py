@@ -2,6 +2,9 @@
 
 It does not import torch: the extension neither includes nor links it, so one build serves every torch
 version and the isolated build environment stays small.
+
+CTLD_CUDA=0 leaves the CUDA part out, CTLD_CUDA=require fails where it cannot be built; by default it is
+built where nvcc works.
 """
 
 import os
@@ -13,20 +16,23 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from check_tools import build_problems, compiler  # noqa: E402  (tools/ is not importable before this line)
+# tools/ is not importable before the line above
+import cuda_toolkit  # noqa: E402
+from check_tools import build_problems, compiler  # noqa: E402
 
 # Every backend must produce the same bits: no fused multiply-add, nothing that reorders arithmetic, and
 # nothing that depends on the machine that compiles.
-FLAGS = [
-    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+HOST_FLAGS = [
+    *("-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra"),
 ]
+FLAGS = ["-O3", "-std=c++17", *HOST_FLAGS]
 
 # cpu_tile.cpp is compiled once per instruction set; which one runs is decided at run time.
 INSTRUCTION_SETS = {
@@ -45,8 +51,16 @@ rule compile
   deps = gcc
   description = compile $out
 rule link
-  command = $cxx -shared -fopenmp -s $in -o $out
+  command = $cxx -shared -fopenmp -s $in $link_flags -o $out
   description = link $out
+"""
+
+CUDA_RULE = """\
+rule compile_cuda
+  command = $nvcc $cuda_flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
 """
 
 
@@ -62,23 +76,47 @@ def compile_step(obj, source, extra_flags=()):
     return f"build {obj}: compile {ninja_path(source)}\n  extra_flags = {ninja_flags(extra_flags)}\n"
 
 
-def ninja_text(*, csrc, cxx, machine, python_includes, output, werror):
-    """The build.ninja that compiles the sources in `csrc` and links them into `output`."""
+def cuda_step(obj, source, *, cuda, cxx, werror):
+    """Compiles one source with nvcc, for all architectures of the toolkit `cuda`."""
+    flags = [
+        *cuda_toolkit.DEVICE_FLAGS,
+        *cuda.code_flags,
+        *("--threads", "4", "-Xfatbin=-compress-all", f"-I{source.parent}"),
+        *cuda_toolkit.host_compiler_flags(cxx),
+        *(f"-Xcompiler={flag}" for flag in [*HOST_FLAGS, "-Wno-unknown-pragmas"]),
+        *(["-Werror", "all-warnings"] if werror else []),
+    ]
+    variables = f"nvcc = {ninja_flags([cuda.nvcc])}\ncuda_flags = {ninja_flags(flags)}\n"
+    return f"{variables}{CUDA_RULE}build {obj}: compile_cuda {ninja_path(source)}\n"
+
+
+def ninja_text(*, csrc, cxx, machine, python_includes, output, werror, cuda):
+    """The build.ninja that compiles the sources in `csrc` and links them into `output`.
+
+    `cuda` is the toolkit for the CUDA part, or None to leave that out.
+    """
     flags = [*FLAGS, f"-I{csrc}", *(["-Werror"] if werror else [])]
     # Only the bindings see Python: the other objects survive a change of the (temporary) build environment.
     # As system headers, because their warnings are not ours to fix.
     bindings_flags = [f"-isystem{path}" for path in python_includes]
+    module_flags = [*bindings_flags, *(["-DCTLD_WITH_CUDA"] if cuda else [])]
     steps = {
-        "module.o": compile_step("module.o", csrc / "module.cpp", bindings_flags),
+        "module.o": compile_step("module.o", csrc / "module.cpp", module_flags),
+        "bind_cpu.o": compile_step("bind_cpu.o", csrc / "bind_cpu.cpp", bindings_flags),
         "cpu.o": compile_step("cpu.o", csrc / "cpu.cpp"),
     }
     for isa, isa_flags in INSTRUCTION_SETS.get(machine, {"generic": []}).items():
         obj = f"cpu_tile.{isa}.o"
         steps[obj] = compile_step(obj, csrc / "cpu_tile.cpp", [*isa_flags, f"-DCTLD_ISA={isa}"])
+    if cuda:
+        steps["bind_cuda.o"] = compile_step("bind_cuda.o", csrc / "bind_cuda.cpp", bindings_flags)
+        steps["cuda_plan.o"] = compile_step("cuda_plan.o", csrc / "cuda_plan.cpp")
+        steps["cuda.o"] = cuda_step("cuda.o", csrc / "cuda.cu", cuda=cuda, cxx=cxx, werror=werror)
     return "".join(
         [
             f"cxx = {ninja_flags(cxx)}\n",
             f"flags = {ninja_flags(flags)}\n",
+            f"link_flags = {ninja_flags(cuda.link_flags if cuda else [])}\n",
             RULES,
             *steps.values(),
             f"build {output}: link {' '.join(steps)}\n",
@@ -86,24 +124,49 @@ def ninja_text(*, csrc, cxx, machine, python_includes, output, werror):
     )
 
 
-def pure_python_notice(problems):
+def notice(left_out, problems):
     frame = "=" * 100
     reasons = "\n".join(f"  - {problem}" for problem in problems)
     return (
         f"\n{frame}\n"
-        "WARNING: installing ctld_cuda WITHOUT its C++ extension. It will work, but slowly, because:\n"
+        f"WARNING: installing ctld_cuda WITHOUT {left_out}, because:\n"
         f"{reasons}\n"
         "Install what is missing, then install ctld_cuda again.\n"
         f"{frame}\n"
     )
 
 
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def usable_cuda(mode):
+    """The CUDA toolkit to build with, or None; raises if CTLD_CUDA is "require" and there is none."""
+    if mode == "0":
+        return None
+    try:
+        return cuda_toolkit.working_toolkit(compiler())
+    except cuda_toolkit.ToolkitError as error:
+        if mode == "require":
+            raise PlatformError(f"CTLD_CUDA=require, but {error}") from error
+        if cuda_toolkit.find_nvcc():
+            say(notice("its CUDA backend", [error]))
+        else:
+            say(f"The CUDA backend is left out: {error}")
+        return None
+
+
 class NinjaBuild(build_ext):
     def run(self):
+        mode = cuda_toolkit.cuda_mode()
         problems = build_problems()
+        if problems and mode == "require":
+            raise PlatformError(f"CTLD_CUDA=require, but {problems[0]}")
         if problems:
-            print(pure_python_notice(problems), file=sys.stderr, flush=True)
+            say(notice("its C++ extension (it will work, but slowly)", problems))
             self.discard_extensions()
+        else:
+            self.cuda = usable_cuda(mode)
         super().run()
 
     def discard_extensions(self):
@@ -128,10 +191,11 @@ class NinjaBuild(build_ext):
             python_includes=[pybind11.get_include(), sysconfig.get_path("include")],
             output=library.name,
             werror=os.environ.get("CTLD_WERROR") == "1",
+            cuda=self.cuda,
         )
         (build_dir / "build.ninja").write_text(text)
         if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir]).returncode != 0:
-            raise CompileError("the C++ extension of ctld_cuda does not compile (see ninja's output above)")
+            raise CompileError("the extension of ctld_cuda does not compile (see ninja's output above)")
 
         destination = Path(self.get_ext_fullpath(extension.name))
         destination.parent.mkdir(parents=True, exist_ok=True)

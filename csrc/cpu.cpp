@@ -66,14 +66,25 @@ class FloatEnvironment {
   FloatEnvironment& operator=(const FloatEnvironment&) = delete;
 };
 
-std::size_t bytes_per_element(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
+std::size_t parameter_bytes(Format format) {
+  switch (format) {
+    case Format::kFloat32:
       return 4;
-    case DType::kFloat64:
+    case Format::kFloat64:
       return 8;
     default:
       return 2;
+  }
+}
+
+std::size_t momentum_bytes(Format format) {
+  switch (format) {
+    case Format::kFloat64:
+      return 8;
+    case Format::kBFloat16Both:
+      return 2;
+    default:
+      return 4;
   }
 }
 
@@ -90,16 +101,17 @@ int useful_threads(int64_t work, int threads) {
 }  // namespace
 
 CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
-                 const StatePointers& state, uint64_t seed, const TileKernels* kernels)
+                 const StatePointers& state, uint64_t seed, bool stochastic, const TileKernels* kernels)
     : tensors_(std::move(tensors)),
       chains_(chains),
       constants_(constants),
       state_(state),
       keys_(round_keys(seed)),
+      stochastic_(stochastic),
       kernels_(kernels),
       scale_(chains, 1.0),
       rescale_(chains, 1.0),
-      bin_sums_(3 * constants.bins + 1) {
+      bin_sums_(bin_sums_length(constants.bins)) {
   for (const TensorInfo& tensor : tensors_) {
     first_chunk_.push_back(chunks_);
     chunks_ += static_cast<uint32_t>((tensor.numel + kTileElements - 1) / kTileElements);
@@ -111,8 +123,7 @@ CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temperin
 void CpuPlan::temper(const double* loss, int threads) {
   const TemperingConstants& c = constants_;
   std::fill(bin_sums_.begin(), bin_sums_.end(), 0);
-  int64_t* const sums = bin_sums_.data();
-  const BinSums by_bin = {sums, sums + c.bins, sums + 2 * c.bins, sums + 3 * c.bins};
+  const BinSums by_bin = bin_sums(bin_sums_.data(), c.bins);
   const Bias bias = {*state_.samples, state_.visits, state_.energy_mean, state_.energy_spread, state_.hills};
   const Counter counter = make_counter(static_cast<uint64_t>(*state_.step), kAlphaNoise, 0);
   const int64_t groups = (chains_ + 3) / 4;
@@ -123,7 +134,7 @@ void CpuPlan::temper(const double* loss, int threads) {
     normal_group(static_cast<uint32_t>(group), counter, keys_, xi);
     for (int64_t chain = 4 * group; chain < std::min(4 * group + 4, chains_); ++chain) {
       const ChainStep step = temper_chain(state_.alpha[chain], state_.alpha_momentum[chain], loss[chain],
-                                          state_.prior[chain], xi[chain & 3], bias, c, chains_);
+                                          state_.prior[chain], xi[chain & 3], bias, c);
       state_.alpha[chain] = step.alpha;
       state_.alpha_momentum[chain] = step.r;
       state_.temperature[chain] = c.base_temperature * (step.scale * step.scale);
@@ -137,19 +148,24 @@ void CpuPlan::temper(const double* loss, int threads) {
         __atomic_fetch_add(by_bin.energy + bin, step.visit.energy, __ATOMIC_RELAXED);
         __atomic_fetch_add(by_bin.deviation + bin, step.visit.deviation, __ATOMIC_RELAXED);
         __atomic_fetch_add(by_bin.r_square, step.visit.r_square, __ATOMIC_RELAXED);
+        __atomic_fetch_add(by_bin.samples, 1, __ATOMIC_RELAXED);
       }
     }
   }
   FloatEnvironment environment;
   const Tables tables = {state_.samples,       state_.visits, state_.energy_mean,
                          state_.energy_spread, state_.hills,  state_.alpha_kinetic};
-  learn_bias(by_bin, static_cast<double>(*state_.step + 1), chains_, tables, c);
+  const double t = static_cast<double>(*state_.step + 1);
+  for (int32_t bin = 0; bin < c.bins; ++bin) learn_bin(bin, by_bin, t, chains_, tables, c);
+  for (int32_t bin = 0; bin < c.bins; ++bin) fill_bin(bin, tables, c.bins);
+  learn_alpha_kinetic(by_bin, tables);
 }
 
 // Calls choose(tensor, pointers), which returns the function for a tensor's tiles or nullptr to skip it.
 template <class Choose>
 void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
-                        const std::vector<GroupCoefficients>& groups, int threads, Choose choose) {
+                        const std::vector<GroupCoefficients>& groups, double unscale, int threads,
+                        Choose choose) {
   const uint64_t step = static_cast<uint64_t>(*state_.step);
   // dynamic: a core that somebody else slows down does not hold up the others
 #pragma omp parallel for schedule(dynamic, 8) num_threads(useful_threads(elements_, threads))
@@ -160,16 +176,18 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
     const TileFunction function = at.theta ? choose(tensor, at) : nullptr;
     if (!function) continue;
     FloatEnvironment environment;
-    const std::size_t bytes = bytes_per_element(tensor.dtype);
-    const std::size_t momentum_bytes = tensor.dtype == DType::kFloat64 ? 8 : 4;
+    const std::size_t bytes = parameter_bytes(tensor.format);
     Tile tile;
     tile.first = static_cast<int64_t>(chunk - first_chunk_[i]) * kTileElements;
     tile.count = std::min(kTileElements, tensor.numel - tile.first);
     tile.theta = static_cast<char*>(at.theta) + tile.first * bytes;
-    tile.p = static_cast<char*>(at.momentum) + tile.first * momentum_bytes;
+    tile.p = static_cast<char*>(at.momentum) + tile.first * momentum_bytes(tensor.format);
     tile.gradient = at.gradient ? static_cast<const char*>(at.gradient) + tile.first * bytes
                                 : static_cast<const void*>(kZeros);
     tile.counter = make_counter(step, kParameterNoise, tensor.index);
+    tile.rounding = make_counter(step, kRounding, tensor.index);
+    tile.stochastic = stochastic_;
+    tile.unscale = unscale;
     tile.keys = &keys_;
     tile.group = &groups[tensor.group];
     tile.chain_length = tensor.numel / chains_;
@@ -184,31 +202,26 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
 
 void CpuPlan::explore(const std::vector<TensorPointers>& tensors,
                       const std::vector<GroupCoefficients>& groups, Integrator integrator, const double* loss,
-                      int threads) {
+                      double unscale, int threads) {
   if (constants_.bins) temper(loss, threads);
   std::fill_n(state_.kinetic, chains_, 0);
   std::fill_n(state_.prior, chains_, 0);
   const auto& steps = kernels_->step[static_cast<int>(integrator)];
-  for_tiles(tensors, groups, threads, [&](const TensorInfo& tensor, const TensorPointers&) {
-    const GroupCoefficients& group = groups[tensor.group];
-    const Decay decay = group.prior != 0.0          ? Decay::kGradientAndEnergy
-                        : group.weight_decay != 0.0 ? Decay::kGradient
-                                                    : Decay::kNone;
-    return steps[static_cast<int>(decay)][static_cast<int>(tensor.dtype)];
+  for_tiles(tensors, groups, unscale, threads, [&](const TensorInfo& tensor, const TensorPointers&) {
+    return steps[static_cast<int>(decay_of(groups[tensor.group]))][static_cast<int>(tensor.format)];
   });
   *state_.step += 1;
 }
 
 void CpuPlan::finetune(const std::vector<TensorPointers>& tensors,
-                       const std::vector<GroupCoefficients>& groups, int threads) {
+                       const std::vector<GroupCoefficients>& groups, double unscale, int threads) {
   std::fill(scale_.begin(), scale_.end(), 1.0);
   std::fill(rescale_.begin(), rescale_.end(), 1.0);
   const auto& steps = kernels_->step[static_cast<int>(Integrator::kMomentumSgd)];
-  for_tiles(tensors, groups, threads,
+  for_tiles(tensors, groups, unscale, threads,
             [&](const TensorInfo& tensor, const TensorPointers& at) -> TileFunction {
               if (!at.gradient) return nullptr;
-              const Decay decay = groups[tensor.group].weight_decay != 0.0 ? Decay::kGradient : Decay::kNone;
-              return steps[static_cast<int>(decay)][static_cast<int>(tensor.dtype)];
+              return steps[static_cast<int>(decay_of(groups[tensor.group]))][static_cast<int>(tensor.format)];
             });
   *state_.step += 1;
 }
@@ -216,10 +229,11 @@ void CpuPlan::finetune(const std::vector<TensorPointers>& tensors,
 void CpuPlan::reduce_prior_energy(const std::vector<TensorPointers>& tensors,
                                   const std::vector<GroupCoefficients>& groups, int threads) {
   std::fill_n(state_.prior, chains_, 0);
-  for_tiles(tensors, groups, threads, [&](const TensorInfo& tensor, const TensorPointers&) -> TileFunction {
-    if (groups[tensor.group].prior == 0.0) return nullptr;
-    return kernels_->prior_energy[static_cast<int>(tensor.dtype)];
-  });
+  for_tiles(tensors, groups, 1.0, threads,
+            [&](const TensorInfo& tensor, const TensorPointers&) -> TileFunction {
+              if (groups[tensor.group].prior == 0.0) return nullptr;
+              return kernels_->prior_energy[static_cast<int>(tensor.format)];
+            });
 }
 
 }  // namespace ctld

@@ -6,46 +6,26 @@
 
 #include "core/tempering.h"
 #include "cpu_tile.h"
+#include "plan.h"
 
 namespace ctld {
-
-// What stays the same from step to step of one parameter.
-struct TensorInfo {
-  int64_t numel;
-  uint32_t index;  // noise index
-  uint32_t group;
-  DType dtype;
-};
-
-// Where one parameter is this step; theta == nullptr leaves it out, gradient == nullptr means zero.
-struct TensorPointers {
-  void* theta;
-  void* momentum;
-  const void* gradient;
-};
-
-// The sampler's state, fields as in ctld_cuda/state.py.
-struct StatePointers {
-  int64_t *step, *samples, *flags;
-  double *alpha, *alpha_momentum, *temperature;
-  int64_t *settled, *kinetic, *prior, *visits;
-  double *energy_mean, *energy_spread, *hills, *alpha_kinetic;
-};
 
 // Instruction sets compiled in that this processor can run, fastest first.
 std::vector<const TileKernels*> supported_kernels();
 
 class CpuPlan {
  public:
+  // With `stochastic`, bfloat16 is rounded stochastically.
   CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
-          const StatePointers& state, uint64_t seed, const TileKernels* kernels);
+          const StatePointers& state, uint64_t seed, bool stochastic, const TileKernels* kernels);
 
-  // One sampling step; `loss` holds one value per chain, and is not read without tempering.
+  // One sampling step; `loss` holds one value per chain, and is not read without tempering. Gradients are
+  // multiplied by `unscale`.
   void explore(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
-               Integrator integrator, const double* loss, int threads);
+               Integrator integrator, const double* loss, double unscale, int threads);
   // One noise-free step; tensors without a gradient stay as they are.
   void finetune(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
-                int threads);
+                double unscale, int threads);
   // Prior energy of the parameters as they are.
   void reduce_prior_energy(const std::vector<TensorPointers>& tensors,
                            const std::vector<GroupCoefficients>& groups, int threads);
@@ -56,7 +36,7 @@ class CpuPlan {
   void temper(const double* loss, int threads);
   template <class Choose>
   void for_tiles(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
-                 int threads, Choose choose);
+                 double unscale, int threads, Choose choose);
 
   std::vector<TensorInfo> tensors_;
   std::vector<uint32_t> first_chunk_;
@@ -66,6 +46,7 @@ class CpuPlan {
   TemperingConstants constants_;
   StatePointers state_;
   RoundKeys keys_;
+  bool stochastic_;
   const TileKernels* kernels_;
   std::vector<double> scale_, rescale_;
   std::vector<int64_t> bin_sums_;

@@ -5,6 +5,8 @@
 // noise. Both give the same bits.
 #include "cpu_tile.h"
 
+#include <type_traits>
+
 #include "core/fixed_point.h"
 #include "core/storage.h"
 #include "core/tempering.h"
@@ -28,9 +30,10 @@ static_assert(kTileElements % (kInterleaved * kBlock) == 0 && kPiece % kBlock ==
 
 // -------------------------------------------------------------------------------------- noise
 
-// Noise of kBlock elements from `group` on, in element order; `count` blocks interleaved.
+// The random words of kBlock elements from `group` on, `count` blocks interleaved: for each block first and
+// second, third and fourth word of its groups.
 template <int count>
-CTLD_HD void noise_blocks(uint32_t group, Counter counter, const RoundKeys& keys, Float xi[count][4]) {
+CTLD_HD void random_blocks(uint32_t group, Counter counter, const RoundKeys& keys, Word words[count][4]) {
   Wide q[2 * count][4];
 #pragma GCC unroll 4
   for (int b = 0; b < count; ++b) {
@@ -50,16 +53,27 @@ CTLD_HD void noise_blocks(uint32_t group, Counter counter, const RoundKeys& keys
 #pragma GCC unroll 8
     for (int b = 0; b < 2 * count; ++b) philox_round<VectorLane>(q[b], keys, round);
   }
+#pragma GCC unroll 4
+  for (int b = 0; b < count; ++b) {
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) words[b][w] = VectorLane::merge(q[2 * b][w], q[2 * b + 1][w]);
+  }
+}
+
+// Noise of kBlock elements from `group` on, in element order; `count` blocks interleaved.
+template <int count>
+CTLD_HD void noise_blocks(uint32_t group, Counter counter, const RoundKeys& keys, Float xi[count][4]) {
+  Word words[count][4];
+  random_blocks<count>(group, counter, keys, words);
   // all radii and angles of the blocks in lockstep: their long chains of dependent operations hide each other
   using Pairs = Lockstep<2 * count>;
   typename Pairs::Word radius, angle;
 #pragma GCC unroll 4
   for (int b = 0; b < count; ++b) {
-    const Wide *even = q[2 * b], *odd = q[2 * b + 1];
-    radius.part[2 * b] = VectorLane::merge(even[0], odd[0]);
-    angle.part[2 * b] = VectorLane::merge(even[1], odd[1]);
-    radius.part[2 * b + 1] = VectorLane::merge(even[2], odd[2]);
-    angle.part[2 * b + 1] = VectorLane::merge(even[3], odd[3]);
+    radius.part[2 * b] = words[b][0];
+    angle.part[2 * b] = words[b][1];
+    radius.part[2 * b + 1] = words[b][2];
+    angle.part[2 * b + 1] = words[b][3];
   }
   typename Pairs::Float first, second;
   box_muller<Pairs>(radius, angle, first, second);
@@ -76,6 +90,19 @@ void normals(uint32_t first_group, int64_t groups, Counter counter, const RoundK
     Float block[1][4];
     noise_blocks<1>(first_group + static_cast<uint32_t>(done), counter, keys, block);
     for (int k = 0; k < 4; ++k) VectorLane::store(xi + 4 * done + k * kLanes, block[0][k]);
+  }
+}
+
+// random words in element order
+void rounding_words(uint32_t first_group, int64_t groups, Counter counter, const RoundKeys& keys,
+                    uint32_t* to) {
+  for (int64_t done = 0; done < groups; done += kLanes) {
+    Word words[1][4];
+    random_blocks<1>(first_group + static_cast<uint32_t>(done), counter, keys, words);
+    Float of_words[4], ordered[4];
+    for (int w = 0; w < 4; ++w) of_words[w] = VectorLane::from_bits(words[0][w]);
+    VectorLane::transpose(of_words, ordered);
+    for (int k = 0; k < 4; ++k) VectorLane::store(to + 4 * done + k * kLanes, VectorLane::bits(ordered[k]));
   }
 }
 
@@ -112,10 +139,10 @@ int64_t flags_of(const Stored* x, int64_t n, int64_t saturated, double scale) {
   return flags;
 }
 
-template <class Real, class Stored>
-void add_sums(const Tile& tile, int64_t chain, const Sums& sums, const Stored* theta, const Real* p,
+template <class Real, class Parameter, class Momentum>
+void add_sums(const Tile& tile, int64_t chain, const Sums& sums, const Parameter* theta, const Momentum* p,
               int64_t n) {
-  __atomic_fetch_add(tile.kinetic + chain, sums.kinetic, __ATOMIC_RELAXED);
+  if (tile.group->kinetic != 0.0) __atomic_fetch_add(tile.kinetic + chain, sums.kinetic, __ATOMIC_RELAXED);
   if (sums.prior) __atomic_fetch_add(tile.prior + chain, sums.prior, __ATOMIC_RELAXED);
   int64_t flags = 0;
   if (sums.kinetic_seen & kSaturatedBits) flags |= flags_of(p, n, kKineticSaturated, tile.group->kinetic);
@@ -129,38 +156,37 @@ void add_sums(const Tile& tile, int64_t chain, const Sums& sums, const Stored* t
 
 template <Integrator integrator, class Real>
 Coefficients<Real> coefficients_of(const Tile& tile, int64_t chain) {
-  const GroupCoefficients& g = *tile.group;
-  const double momentum = integrator == Integrator::kBaoab ? 1.0 : g.momentum;
-  Coefficients<Real> c;
-  c.retain = static_cast<Real>(momentum * tile.rescale[chain]);
-  c.gradient = static_cast<Real>(g.gradient);
-  c.drift = static_cast<Real>(g.drift);
-  c.momentum = static_cast<Real>(g.momentum);
-  c.noise = static_cast<Real>(g.noise * tile.scale[chain]);
-  c.weight_decay = static_cast<Real>(g.weight_decay);
-  c.kinetic = static_cast<Real>(g.kinetic);
-  c.prior = static_cast<Real>(g.prior);
-  return c;
-}
-
-// Without noise the kinetic coefficient is 0: the product then only tells finite from not.
-template <Integrator integrator, class Real>
-CTLD_HD Real kinetic_argument(Real p, const Coefficients<Real>& c) {
-  return integrator == Integrator::kMomentumSgd ? p * c.kinetic : p * p * c.kinetic;
+  const Rates rates = {tile.group->gradient, tile.group->drift};
+  return coefficients_at<integrator, Real>(*tile.group, rates, tile.scale[chain], tile.rescale[chain]);
 }
 
 // ------------------------------------------------------------------------ pieces of any type
 
-template <Integrator integrator, Decay decay, class Real, class Stored>
-Sums move_range(Stored* __restrict__ theta, Real* __restrict__ p, const Stored* __restrict__ gradient,
-                const float* __restrict__ xi, int64_t n, const Coefficients<Real> c) {
+CTLD_HD void round_to(float& to, float x, const uint32_t*, uint32_t) { store(to, x); }
+CTLD_HD void round_to(double& to, double x, const uint32_t*, uint32_t) { store(to, x); }
+CTLD_HD void round_to(Float16& to, float x, const uint32_t*, uint32_t) { store(to, x); }
+CTLD_HD void round_to(BFloat16& to, float x, const uint32_t* words, uint32_t random) {
+  to = rounded_by(x, words ? random : nearest_even(x));
+}
+
+// `words` is null where bfloat16 is rounded to nearest
+template <Integrator integrator, Decay decay, class Storage>
+Sums move_range(typename Storage::Parameter* __restrict__ theta, typename Storage::Momentum* __restrict__ p,
+                const typename Storage::Parameter* __restrict__ gradient, const float* __restrict__ xi,
+                const uint32_t* __restrict__ words, typename Storage::Real unscale, int64_t n,
+                const Coefficients<typename Storage::Real> c) {
+  using Real = typename Storage::Real;
   Sums sums;
   for (int64_t i = 0; i < n; ++i) {
-    Real position = load(theta[i]), momentum = p[i];
-    move<integrator, decay, Real>(position, momentum, load(gradient[i]), static_cast<Real>(xi[i]), c);
-    p[i] = momentum;
-    store(theta[i], position);
-    add_quanta(kinetic_argument<integrator>(momentum, c), sums.kinetic, sums.kinetic_seen);
+    Real position = load(theta[i]), momentum = load(p[i]);
+    Real g = static_cast<Real>(load(gradient[i])) * unscale;
+    if (decay != Decay::kNone) g = decayed_gradient<Real>(g, position, c);
+    move<integrator, Real>(position, momentum, g, static_cast<Real>(xi[i]), c);
+    const uint32_t word = words ? words[i] : 0;
+    round_to(p[i], momentum, words, momentum_rounding(word));
+    round_to(theta[i], position, words, parameter_rounding(word));
+    const Real stored_momentum = load(p[i]);
+    add_quanta(kinetic_argument<integrator>(stored_momentum, c.kinetic), sums.kinetic, sums.kinetic_seen);
     if (decay == Decay::kGradientAndEnergy) {
       const Real stored = load(theta[i]);
       add_quanta(stored * stored * c.prior, sums.prior, sums.prior_seen);
@@ -169,28 +195,38 @@ Sums move_range(Stored* __restrict__ theta, Real* __restrict__ p, const Stored* 
   return sums;
 }
 
-template <Integrator integrator, Decay decay, class Real, class Stored>
+template <class Parameter>
+constexpr bool kRoundsStochastically = std::is_same<Parameter, BFloat16>::value;
+
+template <Integrator integrator, Decay decay, class Storage>
 void step_pieces(const Tile& tile, int64_t begin, int64_t end) {
+  using Parameter = typename Storage::Parameter;
+  using Real = typename Storage::Real;
+  const bool stochastic = kRoundsStochastically<Parameter> && tile.stochastic;
   alignas(64) float buffer[kPiece + kBlock] = {};
-  auto* theta = static_cast<Stored*>(tile.theta);
-  auto* p = static_cast<Real*>(tile.p);
-  auto* gradient = static_cast<const Stored*>(tile.gradient);
+  alignas(64) uint32_t word_buffer[kRoundsStochastically<Parameter> ? kPiece + kBlock : 1];
+  auto* theta = static_cast<Parameter*>(tile.theta);
+  auto* p = static_cast<typename Storage::Momentum*>(tile.p);
+  auto* gradient = static_cast<const Parameter*>(tile.gradient);
   for (int64_t at = begin; at < end;) {
     const int64_t element = tile.first + at;
     const int64_t piece_end = at + kPiece < end ? at + kPiece : end;
     const float* xi = buffer + (element & 3);
-    if (integrator != Integrator::kMomentumSgd) {
-      const int64_t groups = ((element & 3) + piece_end - at + 3) / 4;
-      normals(static_cast<uint32_t>(element >> 2), groups, tile.counter, *tile.keys, buffer);
-    }
+    const uint32_t* words = stochastic ? word_buffer + (element & 3) : nullptr;
+    const int64_t groups = ((element & 3) + piece_end - at + 3) / 4;
+    const auto first_group = static_cast<uint32_t>(element >> 2);
+    if (integrator != Integrator::kMomentumSgd)
+      normals(first_group, groups, tile.counter, *tile.keys, buffer);
+    if (stochastic) rounding_words(first_group, groups, tile.rounding, *tile.keys, word_buffer);
     for (const int64_t piece = at; at < piece_end;) {
       const int64_t chain = (tile.first + at) / tile.chain_length;
       const int64_t chain_end = (chain + 1) * tile.chain_length - tile.first;
       const int64_t n = (chain_end < piece_end ? chain_end : piece_end) - at;
       const auto c = coefficients_of<integrator, Real>(tile, chain);
-      const Sums sums =
-          move_range<integrator, decay>(theta + at, p + at, gradient + at, xi + (at - piece), n, c);
-      add_sums(tile, chain, sums, theta + at, p + at, n);
+      const Sums sums = move_range<integrator, decay, Storage>(
+          theta + at, p + at, gradient + at, xi + (at - piece), words ? words + (at - piece) : nullptr,
+          static_cast<Real>(tile.unscale), n, c);
+      add_sums<Real>(tile, chain, sums, theta + at, p + at, n);
       at += n;
     }
   }
@@ -237,11 +273,12 @@ CTLD_HD void move_block(float* theta, float* p, const float* gradient, const Flo
   for (int k = 0; k < 4; ++k) {
     Float position = VectorLane::load<Float>(theta + k * kLanes);
     Float momentum = VectorLane::load<Float>(p + k * kLanes);
-    const Float g = VectorLane::load<Float>(gradient + k * kLanes);
-    move<integrator, decay, Float>(position, momentum, g, xi[k], c);
+    Float g = VectorLane::load<Float>(gradient + k * kLanes);
+    if (decay != Decay::kNone) g = decayed_gradient<Float>(g, position, c);
+    move<integrator, Float>(position, momentum, g, xi[k], c);
     VectorLane::store(p + k * kLanes, momentum);
     VectorLane::store(theta + k * kLanes, position);
-    kinetic[k] = VectorLane::truncate(kinetic_argument<integrator>(momentum, c));
+    kinetic[k] = VectorLane::truncate(kinetic_argument<integrator>(momentum, c.kinetic));
     if (decay == Decay::kGradientAndEnergy) prior[k] = VectorLane::truncate(position * position * c.prior);
   }
   sums.kinetic.add(kinetic);
@@ -267,7 +304,7 @@ Sums exact_sums(const VectorSums& v, const float* theta, const float* p, int64_t
   if (v.kinetic.bits_seen() & kSuspicious) {
     sums.kinetic = 0;
     for (int64_t i = 0; i < n; ++i)
-      add_quanta(kinetic_argument<integrator>(p[i], c), sums.kinetic, sums.kinetic_seen);
+      add_quanta(kinetic_argument<integrator>(p[i], c.kinetic), sums.kinetic, sums.kinetic_seen);
   }
   if (v.prior.bits_seen() & kSuspicious) {
     sums.prior = 0;
@@ -297,13 +334,14 @@ void step_blocks(const Tile& tile, int64_t begin, int64_t n, int64_t chain) {
       move_block<integrator, decay>(theta + i, p + i, gradient + i, xi[b], c, sums);
     }
   }
-  add_sums(tile, chain, exact_sums<integrator>(sums, theta, p, n, scalars), theta, p, n);
+  add_sums<float>(tile, chain, exact_sums<integrator>(sums, theta, p, n, scalars), theta, p, n);
 }
 
 template <Integrator integrator, Decay decay>
 void step_float32(const Tile& tile) {
-  if (tile.chain_length < kLongChain)
-    return step_pieces<integrator, decay, float, float>(tile, 0, tile.count);
+  using Storage = StorageOf<Format::kFloat32>;
+  if (tile.chain_length < kLongChain || tile.unscale != 1.0)
+    return step_pieces<integrator, decay, Storage>(tile, 0, tile.count);
   for (int64_t at = 0; at < tile.count;) {
     const int64_t chain = (tile.first + at) / tile.chain_length;
     const int64_t chain_end = (chain + 1) * tile.chain_length - tile.first;
@@ -311,16 +349,16 @@ void step_float32(const Tile& tile) {
     int64_t aligned = at + (-(tile.first + at) & 3);
     aligned = aligned < end ? aligned : end;
     const int64_t blocks = (end - aligned) / (kInterleaved * kBlock) * (kInterleaved * kBlock);
-    step_pieces<integrator, decay, float, float>(tile, at, aligned);
+    step_pieces<integrator, decay, Storage>(tile, at, aligned);
     if (blocks) step_blocks<integrator, decay>(tile, aligned, blocks, chain);
-    step_pieces<integrator, decay, float, float>(tile, aligned + blocks, end);
+    step_pieces<integrator, decay, Storage>(tile, aligned + blocks, end);
     at = end;
   }
 }
 
-template <Integrator integrator, Decay decay, class Real, class Stored>
+template <Integrator integrator, Decay decay, Format format>
 void step_other(const Tile& tile) {
-  step_pieces<integrator, decay, Real, Stored>(tile, 0, tile.count);
+  step_pieces<integrator, decay, StorageOf<format>>(tile, 0, tile.count);
 }
 
 // -------------------------------------------------------------------------------- prior energy
@@ -347,9 +385,10 @@ void prior_energy(const Tile& tile) {
 
 // -------------------------------------------------------------------------------------- table
 
-#define CTLD_STEPS(integrator, decay)                                               \
-  {step_float32<integrator, decay>, step_other<integrator, decay, float, BFloat16>, \
-   step_other<integrator, decay, float, Float16>, step_other<integrator, decay, double, double>}
+#define CTLD_STEPS(integrator, decay)                                                                \
+  {step_float32<integrator, decay>, step_other<integrator, decay, Format::kBFloat16>,                \
+   step_other<integrator, decay, Format::kFloat16>, step_other<integrator, decay, Format::kFloat64>, \
+   step_other<integrator, decay, Format::kBFloat16Both>}
 #define CTLD_DECAYS(integrator)                                                    \
   {CTLD_STEPS(integrator, Decay::kNone), CTLD_STEPS(integrator, Decay::kGradient), \
    CTLD_STEPS(integrator, Decay::kGradientAndEnergy)}
@@ -360,7 +399,8 @@ void prior_energy(const Tile& tile) {
 const TileKernels kKernels = {
     CTLD_STRINGIFY(CTLD_ISA),
     {CTLD_DECAYS(Integrator::kBaoab), CTLD_DECAYS(Integrator::kEuler), CTLD_DECAYS(Integrator::kMomentumSgd)},
-    {prior_energy<float>, prior_energy<BFloat16>, prior_energy<Float16>, prior_energy<double>},
+    {prior_energy<float>, prior_energy<BFloat16>, prior_energy<Float16>, prior_energy<double>,
+     prior_energy<BFloat16>},
     normals,
 };
 

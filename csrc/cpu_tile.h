@@ -4,28 +4,25 @@
 
 #include "core/langevin.h"
 #include "core/normal.h"
+#include "core/storage.h"
 
 namespace ctld {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-
-constexpr int kIntegrators = 3, kDecays = 3, kDTypes = 4;
+constexpr int kIntegrators = 3, kDecays = 3;
 // largest tile; a multiple of the noise group and of every vector block
 constexpr int64_t kTileElements = 8192;
 
-// Scalars of one group for one step; those that depend on temperature at q(alpha) = 1.
-struct GroupCoefficients {
-  double momentum, gradient, drift, noise, weight_decay, kinetic, prior;
-};
-
 struct Tile {
-  // pointers to the tile's first element; p is double for float64, float for all others
+  // pointers to the tile's first element
   void* theta;
   void* p;
   const void* gradient;
   int64_t first;  // its index in the tensor
   int64_t count;
-  Counter counter;
+  Counter counter;   // of the noise
+  Counter rounding;  // of the stochastic rounding
+  bool stochastic;
+  double unscale;  // factor for the gradient
   const RoundKeys* keys;
   const GroupCoefficients* group;
   // chain of element e is e / chain_length; arrays are per chain
@@ -42,8 +39,8 @@ using TileFunction = void (*)(const Tile&);
 
 struct TileKernels {
   const char* name;
-  TileFunction step[kIntegrators][kDecays][kDTypes];
-  TileFunction prior_energy[kDTypes];
+  TileFunction step[kIntegrators][kDecays][kFormats];
+  TileFunction prior_energy[kFormats];
   // normals of noise groups first_group ...; `xi` has room for a multiple of 64 elements
   void (*normals)(uint32_t first_group, int64_t groups, Counter counter, const RoundKeys& keys, float* xi);
 };

@@ -6,6 +6,7 @@ its outermost dimension; otherwise in row-major order, through a copy.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,11 +58,24 @@ def flat_view(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def momentum_dtype_of(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """float64 for float64 parameters, ``wanted`` for those of that type, float32 for all others."""
+    if dtype == torch.float64 or dtype == wanted:
+        return dtype
+    return torch.float32
+
+
 class Slot:
     """One parameter with its momentum; keeps the copies that unusual memory layouts need."""
 
     def __init__(
-        self, parameter: Tensor, momentum: Tensor | None, index: int, group: int, chains: int
+        self,
+        parameter: Tensor,
+        momentum: Tensor | None,
+        index: int,
+        group: int,
+        chains: int,
+        momentum_dtype: torch.dtype | None = None,
     ) -> None:
         self.parameter = parameter
         self.index = index
@@ -70,10 +84,15 @@ class Slot:
         self.shape = parameter.shape
         self.strides = parameter.stride()
         self.direct = in_memory_order(parameter, chains)
+        # a gradient with these is used as it is
+        self.usual_strides = self.strides if self.direct else None
         self.empty = parameter.numel() == 0
         self.active = False
-        self._address: int | None = None
-        self.momentum = self._new_momentum() if momentum is None else momentum
+        # of the parameter's memory, as of the last inspect(); None if it has none
+        self.address: int | None = None
+        if momentum is None:
+            momentum = self._strided(momentum_dtype_of(self.dtype, momentum_dtype)).zero_()
+        self.momentum = momentum
         self.momentum_address = self.momentum.data_ptr()
         self._staged_parameter: Tensor | None = None
         self._staged_gradient: Tensor | None = None
@@ -85,10 +104,6 @@ class Slot:
             return torch.empty_strided(p.shape, self.strides, dtype=dtype, device=p.device)
         return torch.empty(p.shape, dtype=dtype, device=p.device)
 
-    def _new_momentum(self) -> Tensor:
-        """float64 for float64 parameters, float32 for all others."""
-        return self._strided(torch.float64 if self.dtype == torch.float64 else torch.float32).zero_()
-
     def inspect(self) -> None:
         """Looks at the parameter before a step: decides ``active``; frozen and empty ones are not.
 
@@ -97,16 +112,16 @@ class Slot:
         """
         p = self.parameter
         self.active = p.requires_grad and not self.empty
-        address = p.data_ptr()
+        address = None if self.empty else p.data_ptr()
         layout_kept = p.stride() == self.strides and p.shape == self.shape
-        if address == self._address and layout_kept:
+        if address == self.address and layout_kept:
             return
         if not layout_kept or p.dtype != self.dtype or p.device != self.momentum.device:
             raise RuntimeError(
                 f"parameter {self.index} changed its shape, dtype, device or memory layout after the "
                 "optimizer was made (model.to(...), .half(), ...): convert the model first"
             )
-        self._address = address
+        self.address = address
 
     def theta(self) -> Tensor:
         """The parameter flat: a view, or a copy to be written back by :meth:`commit`."""
@@ -133,8 +148,8 @@ class Slot:
             self._staged_gradient = self._strided(g.dtype)
         return self._staged_gradient.copy_(g)
 
-    def flat(self) -> FlatTensor:
-        gradient = self.gradient()
+    def flat(self, gradient: Tensor | None) -> FlatTensor:
+        """``gradient`` as from :meth:`gradient`."""
         return FlatTensor(
             theta=self.theta(),
             momentum=flat_view(self.momentum),
@@ -142,3 +157,35 @@ class Slot:
             index=self.index,
             group=self.group,
         )
+
+
+def inspect(slots: Sequence[Slot], check: Callable[[Tensor, int], None]) -> list[Tensor | None]:
+    """Looks at all parameters before a step; returns their gradients in the order of :meth:`Slot.theta`.
+
+    None stands for no gradient, and for parameters that are not active. ``check(parameter, index)`` raises
+    for a gradient that cannot be used.
+
+    The first branch decides, in as few look-ups as possible, that all is as usual: with a thousand small
+    tensors this loop is what a step on a GPU costs. (torch lays out gradients like their parameters, so usual
+    strides and address also mean that the parameter's own layout is unchanged.)
+    """
+    strided = torch.strided
+    gradients: list[Tensor | None] = []
+    for slot in slots:
+        p = slot.parameter
+        g = p.grad
+        if (
+            g is not None
+            and g.layout is strided
+            and g.dtype is slot.dtype
+            and g.stride() == slot.usual_strides
+            and p.data_ptr() == slot.address
+            and p.requires_grad
+        ):
+            slot.active = True
+            gradients.append(g)
+        else:
+            check(p, slot.index)
+            slot.inspect()
+            gradients.append(slot.gradient() if slot.active else None)
+    return gradients

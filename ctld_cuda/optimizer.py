@@ -12,14 +12,31 @@ import torch
 from torch.optim import Optimizer
 
 from . import backends, diagnostics, validation
-from .layout import Slot
-from .reference import Coefficients, explore_coefficients, finetune_coefficients, momentum_unit
+from .backends.interface import LiveRate, StepInputs
+from .layout import Slot, inspect
+from .reference import (
+    Coefficients,
+    Settings,
+    explore_coefficients,
+    finetune_coefficients,
+    momentum_unit,
+)
 from .state import State
 from .tempering import Tempering, TemperingConstants, resolve
 
 Tensor = torch.Tensor
 
 EXPLORE, FINETUNE = "explore", "finetune"
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _without_rate(coefficients: Coefficients, group: dict[str, Any]) -> Coefficients:
+    """Coefficients of a group whose learning rate the device reads: only the sign of the gradient is left."""
+    return coefficients._replace(gradient=-1.0 if group["maximize"] else 1.0, drift=0.0)
 
 
 class CTLD(Optimizer):
@@ -40,17 +57,31 @@ class CTLD(Optimizer):
         weight_decay: Gaussian prior: adds weight_decay * theta to the gradient of the mean loss.
         integrator: "baoab" (default: no discretisation bias on harmonic targets) or "euler" (SGHMC's).
         tempering: a :class:`~ctld_cuda.Tempering`, or None for constant temperature.
-        explore_steps: fine-tune after this many steps; None: only when :meth:`finetune` is called.
+        explore_steps: fine-tune after this many steps, those skipped by a GradScaler included; None: only
+            when :meth:`finetune` is called.
         chains: C independent chains: every parameter has a leading dimension C, the loss has shape (C,).
             Chains have their own alpha and share one bias.
         seed: 64-bit seed of the noise, which is a pure function of seed, step, parameter and element.
-        backend: "cpu", "reference", or None for the fastest that applies. All give the same bits.
+        backend: "cuda", "cpu", "reference", or None for the fastest that applies. All give the same bits.
         maximize: maximise the loss (a log likelihood) instead of minimising it.
+        stochastic_rounding: round what is stored in bfloat16 up or down at random, with the right mean:
+            steps far below bfloat16's resolution still move a parameter, so it needs no float32 copy.
+            False: to nearest, where they are lost.
+        momentum_dtype: torch.bfloat16 stores the momenta of bfloat16 parameters in bfloat16, 4 bytes of
+            memory and traffic less per parameter; None: in float32. float64 parameters have float64
+            momenta, all others float32.
+
+    A learning rate that is a tensor on the GPU is read by the GPU, so a captured CUDA graph follows it. With
+    ``torch.amp.GradScaler`` call ``scaler.step(optimizer, loss=loss)`` with the unscaled loss: the kernel
+    unscales the gradients, and a step with infinite gradients changes nothing.
 
     Raises:
         ValueError, TypeError: for arguments outside their range, before anything is allocated.
         RuntimeError: if the backend asked for cannot be used here.
     """
+
+    # GradScaler then leaves unscaling and skipping to step()
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -68,7 +99,10 @@ class CTLD(Optimizer):
         backend: str | None = None,
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = True,
+        momentum_dtype: torch.dtype | None = None,
     ) -> None:
+        validation.rounding(stochastic_rounding, momentum_dtype)
         validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
         self.num_data = float(num_data)
         self.temperature = float(temperature)
@@ -77,6 +111,8 @@ class CTLD(Optimizer):
         self.explore_steps = explore_steps
         self.chains = chains
         self.seed = seed
+        self.stochastic_rounding = stochastic_rounding
+        self.momentum_dtype = momentum_dtype
         self.phase = EXPLORE if temperature > 0 else FINETUNE
         self._backend_name = backend
         self._explored = 0
@@ -84,7 +120,8 @@ class CTLD(Optimizer):
         self._forget_derived()
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         validation.hyper_parameters(defaults)
-        # momentum_unit: scale of p in the noise-free phase, fixed on entry; last_lr: last positive lr
+        # momentum_unit: scale of p in the noise-free phase, fixed on entry; last_lr: last positive lr;
+        # tensors where lr is read on the device
         super().__init__(params, defaults | dict(momentum_unit=None, last_lr=None))
         self._backend_name = backends.choose(backend, self._device)
         self._constants = self._resolve()
@@ -147,13 +184,24 @@ class CTLD(Optimizer):
         for group_index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 slot = Slot(
-                    p, self.state[p].get("momentum_buffer"), len(self._slots), group_index, self.chains or 1
+                    p,
+                    self.state[p].get("momentum_buffer"),
+                    len(self._slots),
+                    group_index,
+                    self.chains or 1,
+                    self.momentum_dtype,
                 )
                 self.state[p]["momentum_buffer"] = slot.momentum
                 self._slots.append(slot)
+        settings = Settings(self.seed, self.integrator, self.stochastic_rounding, self.num_data)
         self._backend = backends.create(
-            self._backend_name, self._slots, self._sampler, self._constants, self.seed, self.integrator
+            self._backend_name, self._slots, self._sampler, self._constants, settings
         )
+
+    @property
+    def _live_on(self) -> torch.device | None:
+        """The device that reads learning rates itself, if the backend can do that."""
+        return self._device if backends.on_device(self._backend_name) else None
 
     # ----------------------------------------------------------------------------------- stepping
 
@@ -178,7 +226,8 @@ class CTLD(Optimizer):
                 raise ValueError("give step() a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
-        hypers = [validation.hyper_parameters(group) for group in self.param_groups]
+        hypers = [validation.hyper_parameters(group, self._live_on) for group in self.param_groups]
+        self._check_capture()
         if self.phase == EXPLORE and self._explored == self.explore_steps:
             self.finetune()
         exploring = self.phase == EXPLORE
@@ -188,56 +237,88 @@ class CTLD(Optimizer):
             else None
         )
         self._prepare()
-        for slot in self._slots:
-            slot.inspect()
-            validation.gradient(slot.parameter, slot.index)
+        gradients = inspect(self._slots, validation.gradient)
+        # GradScaler sets these two
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
+            self._explored += exploring  # as where only the device knows
+            return loss
+        inputs = StepInputs(gradients, [], [], energy, grad_scale, found_inf)
         if not exploring:
-            self._backend.finetune(self._finetune_groups(hypers))
-            self._mark_written()
-        elif any(lr > 0 for lr, _, _ in hypers):
+            self._finetune(hypers, inputs)
+        elif any(isinstance(lr, Tensor) or lr > 0 for lr, _, _ in hypers):
             # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
-            self._explore(hypers, energy)
+            self._explore(hypers, inputs)
         return loss
 
-    def _explore(self, hypers: list[tuple[float, float, float]], energy: Tensor | None) -> None:
-        groups = []
-        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
-            group["last_lr"] = lr if lr > 0 else group["last_lr"]
-            groups.append(
-                explore_coefficients(
-                    self.integrator,
-                    lr=lr,
-                    momentum=momentum,
-                    weight_decay=weight_decay,
-                    num_data=self.num_data,
-                    c=self._constants,
-                    maximize=group["maximize"],
-                )
+    def _check_capture(self) -> None:
+        if not _capturing(self._device):
+            return
+        if self._backend is None:
+            raise RuntimeError(
+                "take at least one step before capturing a CUDA graph: the first one allocates the momenta"
             )
-        if self._prior_of != self._prior_key(groups):
-            self._backend.reduce_prior_energy(groups)
-        self._backend.explore(groups, energy)
+        if self.phase == EXPLORE and self.explore_steps is not None:
+            raise RuntimeError(
+                "explore_steps counts calls of step(), and replays of a CUDA graph are none: construct with "
+                "explore_steps=None, call finetune() when it is time, and capture again"
+            )
+
+    def _explore(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
+        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
+            live = isinstance(lr, Tensor)
+            if live:
+                inputs.rates.append(self._live_rate(group, lr))
+            else:
+                inputs.rates.append(None)
+                group["last_lr"] = lr if lr > 0 else group["last_lr"]
+            coefficients = explore_coefficients(
+                self.integrator,
+                lr=1.0 if live else lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                num_data=self.num_data,
+                c=self._constants,
+                maximize=group["maximize"],
+            )
+            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
+        if self._prior_of != self._prior_key(inputs.groups):
+            self._backend.reduce_prior_energy(inputs)
+        self._backend.explore(inputs)
         self._explored += 1
         self._mark_written()
-        self._prior_of = self._prior_key(groups)
+        self._prior_of = self._prior_key(inputs.groups)
 
-    def _finetune_groups(self, hypers: list[tuple[float, float, float]]) -> list[Coefficients]:
-        groups = []
+    def _finetune(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
         for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
-            if group["momentum_unit"] is None:  # the first step of this phase
-                # without a positive lr so far any unit serves: it cancels in theta
-                reference_lr = group["last_lr"] or lr or 1.0
-                group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
-            groups.append(
-                finetune_coefficients(
-                    lr=lr,
-                    momentum=momentum,
-                    weight_decay=weight_decay,
-                    unit=group["momentum_unit"],
-                    maximize=group["maximize"],
-                )
+            live = isinstance(lr, Tensor)
+            if live:
+                inputs.rates.append(self._live_rate(group, lr))
+            else:
+                inputs.rates.append(None)
+                if not group["momentum_unit"]:  # the first step of this phase
+                    # without a positive lr so far any unit serves: it cancels in theta
+                    reference_lr = float(group["last_lr"] or 0.0) or lr or 1.0
+                    group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
+            coefficients = finetune_coefficients(
+                lr=0.0 if live else lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                unit=1.0 if live else float(group["momentum_unit"]),
+                maximize=group["maximize"],
             )
-        return groups
+            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
+        self._backend.finetune(inputs)
+        self._mark_written()
+
+    def _live_rate(self, group: dict[str, Any], lr: Tensor) -> LiveRate:
+        """Keeps what the device remembers about a learning rate in tensors of the group."""
+        for name in ("last_lr", "momentum_unit"):
+            own = group[name]
+            if not isinstance(own, Tensor) or own.device != self._device:  # a loaded one may be elsewhere
+                value = float(own or 0.0)
+                group[name] = torch.full((), value, dtype=torch.float64, device=self._device)
+        return LiveRate(lr, group["last_lr"], group["momentum_unit"])
 
     def _mark_written(self) -> None:
         """Tells autograd that the parameters changed in place."""
@@ -323,6 +404,8 @@ class CTLD(Optimizer):
             "integrator": self.integrator,
             "chains": self.chains,
             "tempering": tempering,
+            "stochastic_rounding": self.stochastic_rounding,
+            "momentum_dtype": self.momentum_dtype,
         }
 
     def _sampler_dict(self) -> dict[str, Any]:
@@ -362,15 +445,20 @@ class CTLD(Optimizer):
             saved_momenta = self._check_fits(state_dict)
             self._prepare()
             momenta = [slot.momentum for slot in self._slots]
-            rates = [group["lr"] for group in self.param_groups]
+            live = [
+                {name: group[name] for name in ("lr", "last_lr", "momentum_unit")}
+                for group in self.param_groups
+            ]
             super().load_state_dict({**state_dict, "state": {}})
             for slot, momentum, saved in zip(self._slots, momenta, saved_momenta, strict=True):
                 # in place and here, because the base class casts to the parameter's dtype
                 momentum.zero_() if saved is None else momentum.copy_(saved)
                 self.state[slot.parameter]["momentum_buffer"] = momentum
-            for group, lr in zip(self.param_groups, rates, strict=True):
-                if isinstance(lr, Tensor):
-                    group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))
+            for group, own in zip(self.param_groups, live, strict=True):
+                for name, tensor in own.items():
+                    if isinstance(tensor, Tensor):  # in place: a captured graph reads this memory
+                        value = torch.as_tensor(group[name] or 0.0, dtype=torch.float64)
+                        group[name] = tensor.copy_(value.reshape(tensor.shape))
             self._load_sampler(state_dict["sampler"])
 
     @contextlib.contextmanager
@@ -454,6 +542,8 @@ class CTLD(Optimizer):
                         "tempering",
                         "explore_steps",
                         "chains",
+                        "stochastic_rounding",
+                        "momentum_dtype",
                     )
                 },
                 "backend": self._backend_name,

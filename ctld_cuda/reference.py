@@ -58,15 +58,16 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def random_words(seed: int, step: int, stream: int, index: int, groups: int, device=None) -> Tensor:
+def random_words(seed: int, step: int | Tensor, stream: int, index: int, groups: int, device=None) -> Tensor:
     """The four random words of each noise group of four elements, int64 (groups, 4).
 
     Key: low and high word of the 64-bit seed. Counter: (group, parameter index, low word of the step,
     stream << 24 | bits 32..55 of the step).
     """
     group = torch.arange(groups, dtype=torch.int64, device=device)
-    fixed = (index, step & _WORD, stream << 24 | step >> 32 & 0xFFFFFF)
-    counter = torch.stack([group, *(torch.full_like(group, word) for word in fixed)], -1)
+    fixed = (index, step & _WORD, stream << 24 | (step >> 32 & 0xFFFFFF))
+    words = (torch.as_tensor(word, dtype=torch.int64, device=device).expand_as(group) for word in fixed)
+    counter = torch.stack([group, *words], -1)
     key = torch.tensor([seed & _WORD, seed >> 32 & _WORD], dtype=torch.int64, device=device)
     return philox4x32(counter, key)
 
@@ -136,12 +137,12 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     return radius * _horner(z, _COS), radius * h * _horner(z, _SIN)
 
 
-def normal(seed: int, step: int, stream: int, index: int, numel: int, device=None) -> Tensor:
+def normal(seed: int, step: int | Tensor, stream: int, index: int, numel: int, device=None) -> Tensor:
     """The noise of parameter ``index`` at ``step``: standard normals, float32 (numel,).
 
     Args:
         seed: 64-bit seed.
-        step: number of steps done before this one.
+        step: number of steps done before this one; a tensor is not read by the host.
         stream: 0 parameter noise, 1 stochastic rounding, 2 alpha noise (index 0, element = chain).
         index: position of the parameter over all groups at construction.
         numel: number of elements; element e is the (e mod 4)th normal of noise group e // 4.
@@ -400,7 +401,7 @@ def temper(loss: Tensor, state: State, c: TemperingConstants, seed: int) -> tupl
     energy = potential_energy(loss, state, c)
     finite = torch.isfinite(energy)
     usable = finite & (energy.abs() < ENERGY_SUM_LIMIT / chains * 2.0**-c.energy_exponent)
-    xi = normal(seed, int(state.step), STREAM_ALPHA, 0, chains, loss.device).double()
+    xi = normal(seed, state.step, STREAM_ALPHA, 0, chains, loss.device).double()
     alpha, r = move_alpha(state.alpha, state.alpha_momentum, torch.where(usable, energy, 0.0), xi, state, c)
     usable = usable & torch.isfinite(alpha) & torch.isfinite(r)
     alpha = torch.where(usable, alpha, state.alpha)
@@ -418,6 +419,19 @@ def temper(loss: Tensor, state: State, c: TemperingConstants, seed: int) -> tupl
 
 
 # ---------------------------------------------------------------------------- motion of the parameters
+
+
+class Settings(NamedTuple):
+    """What stays the same for all steps of one optimizer.
+
+    ``seed``: 64-bit seed of the noise. ``integrator``: "baoab" or "euler". ``stochastic_rounding``: of what
+    is stored in bfloat16; otherwise to nearest. ``num_data``: N.
+    """
+
+    seed: int
+    integrator: str
+    stochastic_rounding: bool
+    num_data: float
 
 
 class Coefficients(NamedTuple):
@@ -519,40 +533,75 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.float64, device=like.device).to(like.dtype)
 
 
-def _gradient(flat: FlatTensor, theta: Tensor) -> Tensor:
-    return torch.zeros_like(theta) if flat.gradient is None else flat.gradient.to(theta.dtype).view_as(theta)
+def _gradient(flat: FlatTensor, theta: Tensor, unscale: Tensor | None) -> Tensor:
+    """The gradient in the precision of the update, zero where there is none, times ``unscale``."""
+    if flat.gradient is None:
+        return torch.zeros_like(theta)
+    gradient = flat.gradient.to(theta.dtype).view_as(theta)
+    return gradient if unscale is None else gradient * unscale.to(theta.dtype)
 
 
-def explore_tensor(flat, coefficients, scale, rescale, state, c, seed, integrator) -> None:
+def unscale_factor(grad_scale: Tensor) -> Tensor:
+    """1/grad_scale, float64 (): undoes the loss scaling of mixed-precision training."""
+    return torch.ones((), dtype=torch.float64, device=grad_scale.device) / grad_scale.double()
+
+
+def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
+    """float32 to bfloat16, up in magnitude with the probability of the fraction cut off.
+
+    Adds ``random``, uniform 16-bit integers, to the bits and cuts off the lower 16: the mean over ``random``
+    is x exactly, so that steps far below the resolution of bfloat16 still move it in the mean.
+    """
+    rounded = ((_bits(x) + random.to(torch.int32)) & -65536).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
+
+
+def store(flat: FlatTensor, theta: Tensor, p: Tensor, state: State, settings: Settings) -> None:
+    """Writes the results, rounded once to the types they are stored in.
+
+    Stochastic rounding uses one word of stream 1 per element: its low half for theta, its high half for p.
+    """
+    theta, p = theta.reshape(-1), p.reshape(-1)
+    if settings.stochastic_rounding and flat.theta.dtype == torch.bfloat16:
+        groups = (theta.numel() + 3) // 4
+        words = random_words(settings.seed, state.step, STREAM_ROUNDING, flat.index, groups, theta.device)
+        words = words.reshape(-1)[: theta.numel()]
+        theta = round_stochastically(theta, words & 0xFFFF)
+        if flat.momentum.dtype == torch.bfloat16:
+            p = round_stochastically(p, words >> 16)
+    flat.theta.copy_(theta)
+    flat.momentum.copy_(p)
+
+
+def explore_tensor(flat, coefficients, scale, rescale, state, c, settings, unscale) -> None:
     """One Langevin step of one tensor at temperatures T0 scale^2, and its energies."""
     chains = scale.numel()
     theta = flat.theta.to(compute_dtype(flat.theta)).view(chains, -1)
-    p = flat.momentum.view(chains, -1)
+    p = flat.momentum.to(theta.dtype).view(chains, -1)
     k, mu, drift = (
         _scalar(v, theta) for v in (coefficients.gradient, coefficients.momentum, coefficients.drift)
     )
     s = (coefficients.noise * scale).to(theta.dtype).view(-1, 1)
-    xi = normal(seed, int(state.step), STREAM_PARAMETERS, flat.index, theta.numel(), theta.device)
+    xi = normal(settings.seed, state.step, STREAM_PARAMETERS, flat.index, theta.numel(), theta.device)
     xi = xi.to(theta.dtype).view_as(theta)
-    g = _gradient(flat, theta)
+    g = _gradient(flat, theta, unscale)
     if coefficients.weight_decay != 0.0:
         g = decayed_gradient(theta, g, _scalar(coefficients.weight_decay, theta))
-    if integrator == "baoab":
+    if settings.integrator == "baoab":
         retain = rescale.to(theta.dtype).view(-1, 1)
         theta, p = baoab(theta, p, g, xi, retain=retain, k=k, mu=mu, s=s, drift=drift)
     else:
         retain = (coefficients.momentum * rescale).to(theta.dtype).view(-1, 1)
         theta, p = euler(theta, p, g, xi, retain=retain, k=k, s=s, drift=drift)
-    flat.theta.copy_(theta.reshape(-1))
-    flat.momentum.copy_(p.reshape(-1))
+    store(flat, theta, p, state, settings)
     add_kinetic_energy(flat, state, c)
     add_prior_energy(flat, coefficients.prior, state)
 
 
 def add_kinetic_energy(flat: FlatTensor, state: State, c: TemperingConstants) -> None:
-    """1/2 p^2 per element, in quanta of 2**-s nats."""
+    """1/2 p^2 per element of the stored (rounded) momenta, in quanta of 2**-s nats."""
     chains = state.kinetic.numel()
-    p = flat.momentum
+    p = flat.momentum.to(compute_dtype(flat.momentum))
     energy, saturated = half_square_quanta(p, _scalar(2.0 ** (c.kinetic_exponent - 1), p).view(()), chains)
     state.kinetic += energy
     _raise_flag(state, KINETIC_SATURATED, saturated)
@@ -582,25 +631,32 @@ def explore(
     loss: Tensor | None,
     state: State,
     c: TemperingConstants,
-    seed: int,
-    integrator: str,
+    settings: Settings,
+    unscale: Tensor | None = None,
 ) -> None:
     """One sampling step: first alpha (with tempering), then every parameter at the new temperature.
 
-    ``loss`` is float64 (C,); ``state.prior`` holds the prior energy of the current parameters.
+    ``loss`` is float64 (C,); ``state.prior`` holds the prior energy of the current parameters; gradients
+    are multiplied by ``unscale``, float64 (), if given.
     """
     if c.bins:
-        scale, rescale = temper(loss, state, c, seed)
+        scale, rescale = temper(loss, state, c, settings.seed)
     else:
         scale = rescale = torch.ones_like(state.alpha)
     state.kinetic.zero_()
     state.prior.zero_()
     for flat in flats:
-        explore_tensor(flat, groups[flat.group], scale, rescale, state, c, seed, integrator)
+        explore_tensor(flat, groups[flat.group], scale, rescale, state, c, settings, unscale)
     state.step += 1
 
 
-def finetune(flats: Sequence[FlatTensor], groups: Sequence[Coefficients], state: State) -> None:
+def finetune(
+    flats: Sequence[FlatTensor],
+    groups: Sequence[Coefficients],
+    state: State,
+    settings: Settings,
+    unscale: Tensor | None = None,
+) -> None:
     """One noise-free step; parameters without a gradient stay as they are, as in SGD."""
     for flat in flats:
         if flat.gradient is None:
@@ -616,13 +672,12 @@ def finetune(flats: Sequence[FlatTensor], groups: Sequence[Coefficients], state:
                 coefficients.weight_decay,
             )
         )
-        g = _gradient(flat, theta)
+        g = _gradient(flat, theta, unscale)
         if coefficients.weight_decay != 0.0:
             g = decayed_gradient(theta, g, decay)
-        theta, p = momentum_sgd(theta, flat.momentum, g, mu=mu, k=k, drift=drift)
-        flat.theta.copy_(theta)
-        flat.momentum.copy_(p)
-        _raise_flag(state, NONFINITE_PARAMETER, ~torch.isfinite(p).all())
+        theta, p = momentum_sgd(theta, flat.momentum.to(theta.dtype), g, mu=mu, k=k, drift=drift)
+        store(flat, theta, p, state, settings)
+        _raise_flag(state, NONFINITE_PARAMETER, ~torch.isfinite(flat.momentum).all())
     state.step += 1
 
 

@@ -11,6 +11,7 @@ NONFINITE_PARAMETER = 2
 KINETIC_SATURATED = 4
 PRIOR_SATURATED = 8
 ENERGY_OUT_OF_RANGE = 16
+INVALID_RATE = 32
 
 FLAG_MEANINGS = {
     NONFINITE_ENERGY: "a loss was not finite: alpha and the bias ignored that step of that chain",
@@ -18,6 +19,7 @@ FLAG_MEANINGS = {
     KINETIC_SATURATED: "a momentum was too large for the kinetic-energy sum: kinetic_temperature is too low",
     PRIOR_SATURATED: "a parameter was too large for the prior-energy sum: the energy is too low",
     ENERGY_OUT_OF_RANGE: "an energy was too large to steer alpha: alpha and the bias ignored that step",
+    INVALID_RATE: "a learning rate on the device was negative or not finite: that step was left out",
 }
 
 
@@ -86,6 +88,10 @@ class State:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors themselves, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def addresses(self) -> dict[str, int]:
+        """Where they are in memory, by name."""
+        return {name: tensor.data_ptr() for name, tensor in self.tensors().items()}
 
     def check_fits(self, saved: dict[str, torch.Tensor]) -> None:
         """Raises ValueError where ``saved`` could not be restored into this state."""

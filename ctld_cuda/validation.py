@@ -46,13 +46,25 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
-def hyper_parameters(group: dict[str, Any]) -> tuple[float, float, float]:
+def hyper_parameters(
+    group: dict[str, Any], live_on: torch.device | None = None
+) -> tuple[float | Tensor, float, float]:
     """lr, momentum and weight_decay of a parameter group as floats.
+
+    A learning rate that is a tensor on the device ``live_on`` stays a tensor: its value is not looked at.
 
     Raises:
         ValueError, TypeError: if one is negative, not finite, or momentum is not below 1.
     """
-    lr = non_negative("lr", group["lr"])
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and live_on is not None and lr.device == live_on:
+        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                "lr as a tensor on the device must hold one float32 or float64 number, got "
+                f"{lr.dtype} of shape {tuple(lr.shape)}"
+            )
+    else:
+        lr = non_negative("lr", lr)
     momentum = non_negative("momentum", group["momentum"])
     if momentum >= 1:
         raise ValueError(f"momentum must be below 1, got {momentum}")
@@ -127,8 +139,11 @@ def gradient(parameter: Tensor, index: int) -> None:
         raise TypeError(f"the gradient of parameter {index} is {g.dtype}, the parameter {parameter.dtype}")
 
 
+LOSS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def loss(value: Any, chains: int | None, device: torch.device) -> Tensor:
-    """The loss as a float64 tensor of shape (C,).
+    """The loss on ``device``, contiguous, shape (C,), any floating type; of a number, float64.
 
     Raises:
         ValueError: if it is missing or has the wrong shape.
@@ -142,7 +157,7 @@ def loss(value: Any, chains: int | None, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"the loss must be a tensor or a number, got {value!r}")
-        value = torch.tensor(float(value), dtype=torch.float64)
+        value = torch.full((), float(value), dtype=torch.float64, device=device)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"the loss must be real, got {value.dtype}")
     if chains is None and value.numel() != 1:
@@ -153,4 +168,12 @@ def loss(value: Any, chains: int | None, device: torch.device) -> Tensor:
         raise ValueError(
             f"with chains={chains} the loss must have shape ({chains},), got {tuple(value.shape)}"
         )
-    return value.detach().to(device=device, dtype=torch.float64).reshape(-1)
+    dtype = value.dtype if value.dtype in LOSS_DTYPES else torch.float64
+    return value.detach().to(device=device, dtype=dtype).reshape(-1).contiguous()
+
+
+def rounding(stochastic_rounding: Any, momentum_dtype: Any) -> None:
+    if not isinstance(stochastic_rounding, bool):
+        raise TypeError(f"stochastic_rounding must be True or False, got {stochastic_rounding!r}")
+    if momentum_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"momentum_dtype must be None or torch.bfloat16, got {momentum_dtype!r}")

@@ -11,7 +11,7 @@ INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 def bits(tensor):
     """The tensor's bits as integers, NaN payloads erased (they are outside the contract)."""
-    tensor = tensor.detach().contiguous().clone()
+    tensor = tensor.detach().cpu().contiguous().clone()
     if tensor.is_floating_point():
         tensor = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor)
     return tensor.view(INTEGER_OF_SIZE[tensor.element_size()])
@@ -47,9 +47,15 @@ def threads(n):
         torch.set_num_threads(before)
 
 
-def make_parameters(shapes, seed=0, dtype=torch.float32):
+def device_of(backend):
+    """The device whose parameters a backend steps in the tests."""
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def make_parameters(shapes, seed=0, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(dtype)) for shape in shapes]
+    values = [(torch.randn(shape, generator=generator) * 0.1).to(dtype) for shape in shapes]
+    return [torch.nn.Parameter(value.to(device)) for value in values]
 
 
 def noisy_quadratic(parameters, step, chains=None):
@@ -60,7 +66,7 @@ def noisy_quadratic(parameters, step, chains=None):
     generator = torch.Generator().manual_seed(step)
     total = 0.0
     for p in parameters:
-        noise = torch.randn(p.shape, generator=generator).to(p.dtype)
+        noise = torch.randn(p.shape, generator=generator).to(p.dtype).to(p.device)
         with torch.no_grad():
             p.grad = p * 0.5 + noise * 0.05
             squares = (p.double() * p.double() * 2**30).long().reshape(chains or 1, -1).sum(
@@ -81,7 +87,7 @@ def run(optimizer, steps, first=0):
 
 def two_groups(shapes, dtype=torch.float32, **options):
     """A CTLD with the parameters split over two groups of different options."""
-    parameters = make_parameters(shapes, dtype=dtype)
+    parameters = make_parameters(shapes, dtype=dtype, device=device_of(options.get("backend")))
     half = (len(parameters) + 1) // 2
     groups = [
         {"params": parameters[:half], "lr": 0.05, "weight_decay": 0.01},

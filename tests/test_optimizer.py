@@ -396,9 +396,9 @@ def test_prior_energy_is_felt_and_follows_foreign_writes(backend):
     original = type(optimizer._backend).explore
 
     class Spy(type(optimizer._backend)):
-        def explore(self, groups, loss):
+        def explore(self, inputs):
             seen.append(shortfall())
-            return original(self, groups, loss)
+            return original(self, inputs)
 
     optimizer._backend.__class__ = Spy
     optimizer.step(loss=0.0)
@@ -451,7 +451,7 @@ def large_allocations(function, threshold):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "gradient of other strides", "gaps"])
-def test_a_step_allocates_nothing_of_parameter_size(compiled_backend, layout):
+def test_a_step_allocates_nothing_of_parameter_size(compiled, layout):
     n = 1 << 16
     x = torch.randn(4, n // 4)
     if layout == "gaps":
@@ -459,7 +459,7 @@ def test_a_step_allocates_nothing_of_parameter_size(compiled_backend, layout):
     p = torch.nn.Parameter(x)
     gradient = torch.randn(n // 4, 4).t() if layout == "gradient of other strides" else torch.randn(4, n // 4)
     p.grad = gradient
-    optimizer = make([p], compiled_backend, weight_decay=0.1)
+    optimizer = make([p], compiled, weight_decay=0.1)
     optimizer.step(loss=1.0)
     optimizer.step(loss=1.0)
     assert large_allocations(lambda: torch.empty(n), n)  # the probe sees what it looks for

@@ -41,7 +41,7 @@ EXACT = {
     *("_record_function_enter_new", "_record_function_exit"),
     *("_local_scalar_dense", "empty_like", "new_zeros", "_reshape_alias", "reshape", "split", "squeeze"),
     # comparing
-    *("all", "any", "eq", "ge", "gt", "le", "lt", "ne", "isfinite", "argmin"),
+    *("all", "any", "eq", "ge", "gt", "le", "lt", "ne", "isfinite", "isnan", "argmin"),
     # integers
     *("__rshift__", "__ior__", "bitwise_and", "bitwise_or", "bitwise_or_", "bitwise_xor", "bitwise_not"),
     *("index_add_",),

@@ -13,6 +13,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from cuda_toolkit import ToolkitError, cuda_mode, working_toolkit
+
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
@@ -69,8 +71,23 @@ def build_problems():
     return found(compiler_problem(), headers_problem())
 
 
+def cuda_problem():
+    """What keeps the CUDA part of the extension from being built."""
+    try:
+        working_toolkit(compiler())
+    except ToolkitError as error:
+        return str(error)
+    return None
+
+
 def main():
+    mode = cuda_mode()
     problems = found(python_problem(), venv_problem(), *build_problems())
+    notes = []
+    if not problems and mode != "0":
+        (problems if mode == "require" else notes).extend(found(cuda_problem()))
+    for note in notes:
+        print(f"note: the CUDA backend will be left out: {note}", file=sys.stderr)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -50,13 +50,32 @@ struct ScalarLane {
   CTLD_MEMBER Wide widen(uint32_t x) { return x; }
   // low 32 bits of a times m, all 64 bits of it
   CTLD_MEMBER Wide multiply(Wide a, uint32_t m) {
+#ifdef __CUDA_ARCH__
+    // one instruction; the compiler would multiply 64-bit numbers
+    uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(static_cast<uint32_t>(a)), "r"(m));
+    return product;
+#else
     return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;
+#endif
   }
   CTLD_MEMBER Wide high(Wide a) { return a >> 32; }
   CTLD_MEMBER Word bits(Float x) { return bit_cast<uint32_t>(x); }
   CTLD_MEMBER Float from_bits(Word x) { return bit_cast<float>(x); }
   CTLD_MEMBER Float signed_to_float(Word x) { return static_cast<float>(static_cast<int32_t>(x)); }
-  CTLD_MEMBER Float square_root(Float x) { return sqrtf(x); }
+  // IEEE root of a number far from 0 and infinity
+  CTLD_MEMBER Float square_root(Float x) {
+#ifdef __CUDA_ARCH__
+    // An approximate reciprocal root and one correction in fused multiply-adds (Markstein): what the compiler
+    // makes of sqrtf for such numbers, without its branch for the others.
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    const float g = __fmul_rn(x, y);
+    return __fmaf_rn(__fmaf_rn(-g, g, x), __fmul_rn(0.5f, y), g);
+#else
+    return sqrtf(x);
+#endif
+  }
 };
 
 CTLD_NAMESPACE_END

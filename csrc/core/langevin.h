@@ -24,9 +24,55 @@ struct Coefficients {
   Real prior;         // quanta per theta^2
 };
 
-template <Integrator integrator, Decay decay, class Real>
+// Scalars of one group for one step, those that depend on temperature at q(alpha) = 1.
+struct GroupCoefficients {
+  double momentum, gradient, drift, noise, weight_decay, kinetic, prior;
+};
+
+// What a learning rate decides: k and b of the equations in ctld_cuda/reference.py.
+struct Rates {
+  double gradient, drift;
+};
+
+// Mirrors explore_coefficients and finetune_coefficients there, for learning rates that only the device
+// knows.
+CTLD_HD Rates explore_rates(Integrator integrator, double lr, double momentum, double num_data) {
+  const double root_c = sqrt((1.0 + momentum) / 2.0);
+  const double kick = sqrt(num_data * lr), glide = sqrt(lr / num_data);
+  if (integrator == Integrator::kBaoab) return {kick / root_c, 0.5 * (glide / root_c)};
+  return {root_c * kick, glide / root_c};
+}
+
+CTLD_HD Decay decay_of(const GroupCoefficients& g) {
+  if (g.prior != 0.0) return Decay::kGradientAndEnergy;
+  return g.weight_decay != 0.0 ? Decay::kGradient : Decay::kNone;
+}
+
+// At temperature T0 scale^2, with momenta to be multiplied by `rescale`; each number rounded once.
+template <Integrator integrator, class Real>
+CTLD_HD Coefficients<Real> coefficients_at(const GroupCoefficients& g, Rates rates, double scale,
+                                           double rescale) {
+  const double retain = integrator == Integrator::kBaoab ? rescale : g.momentum * rescale;
+  return {static_cast<Real>(retain),          static_cast<Real>(rates.gradient),
+          static_cast<Real>(rates.drift),     static_cast<Real>(g.momentum),
+          static_cast<Real>(g.noise * scale), static_cast<Real>(g.weight_decay),
+          static_cast<Real>(g.kinetic),       static_cast<Real>(g.prior)};
+}
+
+// Quanta of p^2/2 before truncation. Without noise the kinetic coefficient is 0: the product then only tells
+// finite from not.
+template <Integrator integrator, class Real>
+CTLD_HD Real kinetic_argument(Real p, Real kinetic) {
+  return integrator == Integrator::kMomentumSgd ? p * kinetic : p * p * kinetic;
+}
+
+template <class Real>
+CTLD_HD Real decayed_gradient(Real gradient, Real theta, const Coefficients<Real>& c) {
+  return gradient + c.weight_decay * theta;
+}
+
+template <Integrator integrator, class Real>
 CTLD_HD void move(Real& theta, Real& p, Real gradient, Real xi, const Coefficients<Real>& c) {
-  if (decay != Decay::kNone) gradient = gradient + c.weight_decay * theta;
   p = c.retain * p - c.gradient * gradient;
   if (integrator == Integrator::kBaoab) {
     theta = theta + c.drift * p;

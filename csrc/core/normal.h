@@ -50,10 +50,10 @@ CTLD_HD void box_muller(typename Lane::Word radius_word, typename Lane::Word ang
 
 // the four normals of one noise group: elements 4 group ... 4 group + 3
 CTLD_HD void normal_group(uint32_t group, Counter counter, const RoundKeys& keys, float xi[4]) {
-  uint64_t q[4];
-  philox<ScalarLane>(group, counter, keys, q);
-  box_muller<ScalarLane>(static_cast<uint32_t>(q[0]), static_cast<uint32_t>(q[1]), xi[0], xi[1]);
-  box_muller<ScalarLane>(static_cast<uint32_t>(q[2]), static_cast<uint32_t>(q[3]), xi[2], xi[3]);
+  uint32_t words[4];
+  random_words(group, counter, keys, words);
+  box_muller<ScalarLane>(words[0], words[1], xi[0], xi[1]);
+  box_muller<ScalarLane>(words[2], words[3], xi[2], xi[3]);
 }
 
 CTLD_NAMESPACE_END

@@ -59,4 +59,10 @@ CTLD_HD void philox(typename Lane::Wide group, Counter counter, const RoundKeys&
   for (int round = 0; round < 10; ++round) philox_round<Lane>(q, keys, round);
 }
 
+CTLD_HD void random_words(uint32_t group, Counter counter, const RoundKeys& keys, uint32_t words[4]) {
+  uint64_t q[4];
+  philox<ScalarLane>(group, counter, keys, q);
+  for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(q[i]);
+}
+
 CTLD_NAMESPACE_END

@@ -13,6 +13,7 @@ constexpr int64_t kNonfiniteParameter = 2;
 constexpr int64_t kKineticSaturated = 4;
 constexpr int64_t kPriorSaturated = 8;
 constexpr int64_t kEnergyOutOfRange = 16;
+constexpr int64_t kInvalidRate = 32;
 
 struct TemperingConstants {
   double base_temperature, energy_scale, scale_range, flat, limit, inverse_ramp, inverse_bin_width;
@@ -20,6 +21,11 @@ struct TemperingConstants {
   double hill_height, hill_gain;
   int32_t bins, kinetic_exponent, prior_exponent, energy_exponent;
   Coupling coupling;
+  // derived from these by derive()
+  double inverse_period;                 // 1 / (2 limit), for the reflections
+  double largest_energy;                 // beyond which the sums of all chains might overflow
+  double prior_quantum;                  // nats per quantum of prior energy
+  double energy_quantum, energy_quanta;  // nats per quantum of the bins' energies, and its inverse
 };
 
 // The tables as all chains of a step read them.
@@ -33,6 +39,14 @@ struct Bias {
 
 CTLD_HD double power_of_two(int32_t exponent) {
   return bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
+}
+
+inline void derive(TemperingConstants& c, int64_t chains) {
+  c.inverse_period = 0.5 / c.limit;
+  c.largest_energy = 0x1p+62 / static_cast<double>(chains) * power_of_two(-c.energy_exponent);
+  c.prior_quantum = power_of_two(-c.prior_exponent);
+  c.energy_quantum = power_of_two(-c.energy_exponent);
+  c.energy_quanta = power_of_two(c.energy_exponent);
 }
 
 CTLD_HD double absolute(double x) { return x < 0.0 ? -x : x; }
@@ -120,7 +134,7 @@ CTLD_HD double alpha_force(double alpha, double energy, const Bias& bias, const 
 CTLD_HD void reflect(double& alpha, double& r, const TemperingConstants& c) {
   if (absolute(alpha) <= c.limit) return;
   double x = alpha + c.limit;
-  const double bounces = floor(x * (0.5 / c.limit));
+  const double bounces = floor(x * c.inverse_period);
   x = x - 2.0 * c.limit * bounces;
   const bool odd = bounces - 2.0 * floor(0.5 * bounces) != 0.0;
   const double folded = (odd ? 2.0 * c.limit - x : x) - c.limit;
@@ -132,7 +146,7 @@ CTLD_HD double alpha_noise_scale(double alpha, const TemperingConstants& c) {
   if (c.energy_noise == 0.0) return c.noise_scale;
   const double heat = c.step_size * beta_slope(alpha, c) * c.energy_noise;
   const float variance = static_cast<float>(c.noise_variance - heat * heat);
-  return static_cast<double>(ScalarLane::square_root(variance > 0.0f ? variance : 0.0f));
+  return static_cast<double>(sqrtf(variance > 0.0f ? variance : 0.0f));
 }
 
 CTLD_HD void move_alpha(double& alpha, double& r, double energy, double xi, const Bias& bias,
@@ -164,14 +178,13 @@ struct ChainStep {
 };
 
 CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prior, double xi,
-                               const Bias& bias, const TemperingConstants& c, int64_t chains) {
-  const double energy = c.energy_scale * loss + static_cast<double>(prior) * power_of_two(-c.prior_exponent);
-  const double largest = 0x1p+62 / static_cast<double>(chains) * power_of_two(-c.energy_exponent);
+                               const Bias& bias, const TemperingConstants& c) {
+  const double energy = c.energy_scale * loss + static_cast<double>(prior) * c.prior_quantum;
   const bool finite = is_finite(energy);
   ChainStep step;
   step.alpha = alpha;
   step.r = r;
-  bool usable = finite && absolute(energy) < largest;
+  bool usable = finite && absolute(energy) < c.largest_energy;
   if (usable) {
     move_alpha(step.alpha, step.r, energy, xi, bias, c);
     usable = is_finite(step.alpha) && is_finite(step.r);
@@ -186,11 +199,10 @@ CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prio
   step.visit = {usable, bin_of(step.alpha, c), 0, 0, 0};
   if (usable) {
     const int32_t bin = step.visit.bin;
-    const double resolution = power_of_two(c.energy_exponent);
     double deviation = bias.visits[bin] > 0 ? absolute(energy - bias.energy_mean[bin]) : 0.0;
-    deviation = deviation < largest ? deviation : largest;
-    step.visit.energy = static_cast<int64_t>(energy * resolution);
-    step.visit.deviation = static_cast<int64_t>(deviation * resolution);
+    deviation = deviation < c.largest_energy ? deviation : c.largest_energy;
+    step.visit.energy = static_cast<int64_t>(energy * c.energy_quanta);
+    step.visit.deviation = static_cast<int64_t>(deviation * c.energy_quanta);
     step.visit.r_square = quanta(step.r * step.r * 0x1p+20);
   }
   return step;
@@ -198,13 +210,20 @@ CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prio
 
 // ------------------------------------------------------------------------------------ learning the bias
 
-// Sums over all chains of one step.
+// Sums over all chains of one step, zero at its start.
 struct BinSums {
   int64_t* count;
   int64_t* energy;
   int64_t* deviation;
   int64_t* r_square;  // one number for all bins
+  int64_t* samples;   // likewise
 };
+
+// `sums` points to bin_sums_length(bins) numbers.
+CTLD_HD int32_t bin_sums_length(int32_t bins) { return 3 * bins + 2; }
+CTLD_HD BinSums bin_sums(int64_t* sums, int32_t bins) {
+  return {sums, sums + bins, sums + 2 * bins, sums + 3 * bins, sums + 3 * bins + 1};
+}
 
 struct Tables {
   int64_t* samples;
@@ -215,11 +234,10 @@ struct Tables {
   double* alpha_kinetic;
 };
 
-CTLD_HD void learn_bin(int32_t bin, const BinSums& sums, const Tables& t, const TemperingConstants& c) {
+CTLD_HD void learn_mean(int32_t bin, const BinSums& sums, const Tables& t, const TemperingConstants& c) {
   const int64_t count = sums.count[bin];
   if (count == 0) return;
   const bool seen_before = t.visits[bin] > 0;
-  const double quantum = power_of_two(-c.energy_exponent);
   const double n = static_cast<double>(count);
   t.visits[bin] += count;
   double weight = n / static_cast<double>(t.visits[bin]);
@@ -228,58 +246,50 @@ CTLD_HD void learn_bin(int32_t bin, const BinSums& sums, const Tables& t, const 
     forget = forget < 1.0 ? forget : 1.0;
     weight = weight > forget ? weight : forget;
   }
-  const double mean = static_cast<double>(sums.energy[bin]) * quantum / n;
-  const double spread = static_cast<double>(sums.deviation[bin]) * quantum / n;
+  const double mean = static_cast<double>(sums.energy[bin]) * c.energy_quantum / n;
+  const double spread = static_cast<double>(sums.deviation[bin]) * c.energy_quantum / n;
   const double old_mean = t.energy_mean[bin], old_spread = t.energy_spread[bin];
   t.energy_mean[bin] = seen_before ? old_mean + weight * (mean - old_mean) : mean;
   t.energy_spread[bin] = seen_before ? old_spread + weight * (spread - old_spread) : 0.0;
 }
 
-// Unvisited bins copy the nearest visited one, the lower on ties.
-CTLD_HD void fill_unvisited(const Tables& t, int32_t bins) {
-  int32_t below = -1, above = -1;
-  for (int32_t bin = 0; bin < bins; ++bin) {
-    if (t.visits[bin] > 0) {
-      below = bin;
-      continue;
-    }
-    if (above < bin) {
-      above = bin;
-      while (above < bins && t.visits[above] == 0) ++above;
-    }
-    const bool has_above = above < bins;
-    if (below < 0 && !has_above) return;
-    const int32_t source = below < 0 || (has_above && above - bin < bin - below) ? above : below;
-    t.energy_mean[bin] = t.energy_mean[source];
-    t.energy_spread[bin] = t.energy_spread[source];
-  }
-}
-
 // Hills of shape (1/2, 1, 1/2), mirrored at 0 and limit; `t` counts steps from 1.
-CTLD_HD void deposit_hills(const int64_t* count, double t, int64_t chains, double* hills,
-                           const TemperingConstants& c) {
+CTLD_HD void deposit_hill(int32_t bin, const int64_t* count, double t, int64_t chains, double* hills,
+                          const TemperingConstants& c) {
   double weight = c.hill_gain * static_cast<double>(c.bins) / t;
   weight = weight < c.hill_height ? weight : c.hill_height;
   const double per_chain = static_cast<double>(chains);
-  double below = weight * static_cast<double>(count[0]) / per_chain;
-  double here = below;
-  for (int32_t bin = 0; bin < c.bins; ++bin) {
-    const double above = bin + 1 < c.bins ? weight * static_cast<double>(count[bin + 1]) / per_chain : here;
-    hills[bin] = hills[bin] + (here + (0.5 * below + 0.5 * above));
-    below = here;
-    here = above;
+  const int32_t left = bin > 0 ? bin - 1 : bin, right = bin + 1 < c.bins ? bin + 1 : bin;
+  const double below = weight * static_cast<double>(count[left]) / per_chain;
+  const double here = weight * static_cast<double>(count[bin]) / per_chain;
+  const double above = weight * static_cast<double>(count[right]) / per_chain;
+  hills[bin] = hills[bin] + (here + (0.5 * below + 0.5 * above));
+}
+
+// Learning has three parts: learn_bin for every bin; after all of those fill_bin for every bin;
+// learn_alpha_kinetic once, at any time. Within a part the bins are independent.
+CTLD_HD void learn_bin(int32_t bin, const BinSums& sums, double t, int64_t chains, const Tables& tables,
+                       const TemperingConstants& c) {
+  learn_mean(bin, sums, tables, c);
+  if (c.hill_height > 0.0) deposit_hill(bin, sums.count, t, chains, tables.hills, c);
+}
+
+// An unvisited bin copies the nearest visited one, the lower on ties.
+CTLD_HD void fill_bin(int32_t bin, const Tables& t, int32_t bins) {
+  if (t.visits[bin] > 0) return;
+  for (int32_t distance = 1; distance < bins; ++distance) {
+    const int32_t below = bin - distance, above = bin + distance;
+    const bool found_below = below >= 0 && t.visits[below] > 0;
+    if (!found_below && !(above < bins && t.visits[above] > 0)) continue;
+    const int32_t source = found_below ? below : above;
+    t.energy_mean[bin] = t.energy_mean[source];
+    t.energy_spread[bin] = t.energy_spread[source];
+    return;
   }
 }
 
-CTLD_HD void learn_bias(const BinSums& sums, double t, int64_t chains, const Tables& tables,
-                        const TemperingConstants& c) {
-  int64_t fresh = 0;
-  for (int32_t bin = 0; bin < c.bins; ++bin) {
-    fresh += sums.count[bin];
-    learn_bin(bin, sums, tables, c);
-  }
-  fill_unvisited(tables, c.bins);
-  if (c.hill_height > 0.0) deposit_hills(sums.count, t, chains, tables.hills, c);
+CTLD_HD void learn_alpha_kinetic(const BinSums& sums, const Tables& tables) {
+  const int64_t fresh = *sums.samples;
   *tables.samples += fresh;
   const double surplus =
       static_cast<double>(*sums.r_square) * 0x1p-20 - static_cast<double>(fresh) * *tables.alpha_kinetic;

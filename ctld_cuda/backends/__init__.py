@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 
-_BACKENDS = {"cpu": cpu.CpuBackend, "reference": reference.ReferenceBackend}
+_BACKENDS = {"cuda": cuda.CudaBackend, "cpu": cpu.CpuBackend, "reference": reference.ReferenceBackend}
 
 
 def backend_info() -> dict[str, dict[str, object]]:
@@ -14,7 +14,8 @@ def backend_info() -> dict[str, dict[str, object]]:
 
     Returns:
         For each backend name a dict with ``usable`` (bool), ``reason`` (str, why not; "" if usable) and,
-        for "cpu", ``instruction_sets`` (those compiled in and supported, fastest first).
+        for "cpu", ``instruction_sets`` (those compiled in and supported, fastest first), for "cuda",
+        ``architectures`` (those compiled in).
     """
     return {name: backend.info() for name, backend in _BACKENDS.items()}
 
@@ -27,15 +28,22 @@ def choose(name: str | None, device: torch.device) -> str:
         RuntimeError: for a backend that is not usable on this machine.
     """
     if name is None:
-        return "cpu" if device.type == "cpu" and cpu.CpuBackend.info()["usable"] else "reference"
+        fused = device.type if device.type in ("cpu", "cuda") else "reference"
+        return fused if _BACKENDS[fused].info()["usable"] else "reference"
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(sorted(_BACKENDS))}, or None")
     info = _BACKENDS[name].info()
     if not info["usable"]:
         raise RuntimeError(f"backend {name!r} is not usable: {info['reason']}")
-    if name == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs parameters on the CPU, got {device}")
+    if name != "reference" and device.type != name:
+        where = {"cpu": "the CPU", "cuda": "a CUDA device"}[name]
+        raise ValueError(f"backend {name!r} needs parameters on {where}, got {device}")
     return name
+
+
+def on_device(name: str | None) -> bool:
+    """Whether the backend reads learning rates and found_inf on the device."""
+    return name is not None and _BACKENDS[name].on_device
 
 
 def create(name: str, *args, **kwargs):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from .. import reference
 from ..layout import Slot
-from ..reference import Coefficients
+from ..reference import Settings
 from ..state import State
 from ..tempering import TemperingConstants
+from .interface import StepInputs
 
 
 class ReferenceBackend:
@@ -20,42 +19,51 @@ class ReferenceBackend:
         slots: the parameters, in the order of their index.
         state: sampler state, written in place.
         constants: the resolved tempering.
-        seed: 64-bit seed of the noise.
-        integrator: "baoab" or "euler".
+        settings: seed, integrator and rounding.
     """
 
+    # whether learning rates and found_inf are read on the device, without waiting for it
+    on_device = False
+
     def __init__(
-        self, slots: Sequence[Slot], state: State, constants: TemperingConstants, seed: int, integrator: str
+        self, slots: Sequence[Slot], state: State, constants: TemperingConstants, settings: Settings
     ) -> None:
         self._slots = slots
         self._state = state
         self._constants = constants
-        self._seed = seed
-        self._integrator = integrator
+        self._settings = settings
 
     @staticmethod
     def info() -> dict[str, object]:
         return {"usable": True, "reason": ""}
 
-    def explore(self, groups: Sequence[Coefficients], loss: torch.Tensor | None) -> None:
-        """One sampling step; ``loss`` is float64 (C,) with tempering, else None."""
-        flats = self._flats()
-        reference.explore(flats, groups, loss, self._state, self._constants, self._seed, self._integrator)
+    def explore(self, inputs: StepInputs) -> None:
+        """One sampling step."""
+        loss = None if inputs.loss is None else inputs.loss.double()
+        unscale = _unscale(inputs)
+        reference.explore(
+            self._flats(inputs), inputs.groups, loss, self._state, self._constants, self._settings, unscale
+        )
         self._commit()
 
-    def finetune(self, groups: Sequence[Coefficients]) -> None:
+    def finetune(self, inputs: StepInputs) -> None:
         """One noise-free step."""
-        reference.finetune(self._flats(), groups, self._state)
+        reference.finetune(self._flats(inputs), inputs.groups, self._state, self._settings, _unscale(inputs))
         self._commit()
 
-    def reduce_prior_energy(self, groups: Sequence[Coefficients]) -> None:
+    def reduce_prior_energy(self, inputs: StepInputs) -> None:
         """Recomputes the prior energy from the parameters as they are."""
-        reference.reduce_prior_energy(self._flats(), groups, self._state)
+        reference.reduce_prior_energy(self._flats(inputs), inputs.groups, self._state)
 
-    def _flats(self):
-        return [slot.flat() for slot in self._slots if slot.active]
+    def _flats(self, inputs: StepInputs):
+        pairs = zip(self._slots, inputs.gradients, strict=True)
+        return [slot.flat(gradient) for slot, gradient in pairs if slot.active]
 
     def _commit(self) -> None:
         for slot in self._slots:
             if slot.active:
                 slot.commit()
+
+
+def _unscale(inputs: StepInputs):
+    return None if inputs.grad_scale is None else reference.unscale_factor(inputs.grad_scale)

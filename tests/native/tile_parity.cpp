@@ -60,6 +60,9 @@ int compare(int64_t n, int64_t first, bool trouble) {
   tile.first = first;
   tile.count = n;
   tile.counter = make_counter(5, kParameterNoise, 1);
+  tile.rounding = make_counter(5, kRounding, 1);
+  tile.stochastic = false;
+  tile.unscale = 1.0;
   tile.keys = &keys;
   tile.group = &group;
   tile.chain_length = first + n;
@@ -83,8 +86,8 @@ int compare(int64_t n, int64_t first, bool trouble) {
   for (int64_t i = 0; i < n; ++i) {
     float xi[4];
     normal_group(static_cast<uint32_t>((first + i) >> 2), tile.counter, keys, xi);
-    move<Integrator::kBaoab, Decay::kGradientAndEnergy, float>(plain.theta[i], plain.p[i], plain.gradient[i],
-                                                               xi[(first + i) & 3], c);
+    const float g = decayed_gradient<float>(plain.gradient[i], plain.theta[i], c);
+    move<Integrator::kBaoab, float>(plain.theta[i], plain.p[i], g, xi[(first + i) & 3], c);
     plain_kinetic += quanta(plain.p[i] * plain.p[i] * c.kinetic);
     plain_prior += quanta(plain.theta[i] * plain.theta[i] * c.prior);
   }
