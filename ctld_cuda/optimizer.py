@@ -238,8 +238,7 @@ class CTLD(Optimizer):
         )
         self._prepare()
         gradients = inspect(self._slots, validation.gradient)
-        # GradScaler sets these two
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf, grad_scale = self._scaler_says("found_inf"), self._scaler_says("grad_scale")
         if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
             self._explored += exploring  # as where only the device knows
             return loss
@@ -250,6 +249,11 @@ class CTLD(Optimizer):
             # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
             self._explore(hypers, inputs)
         return loss
+
+    def _scaler_says(self, name: str) -> Tensor | None:
+        """An attribute that GradScaler sets: a tensor, on its own device, or the number 0 of no gradients."""
+        value = getattr(self, name, None)
+        return None if value is None else torch.as_tensor(value, dtype=torch.float32, device=self._device)
 
     def _check_capture(self) -> None:
         if not _capturing(self._device):

@@ -72,7 +72,11 @@ def source_copy(tmp_path):
 def run_setup(directory, *arguments, **environment):
     command = [sys.executable, "setup.py", *arguments]
     return subprocess.run(
-        command, cwd=directory, env={**os.environ, **environment}, capture_output=True, text=True
+        command,
+        cwd=directory,
+        env={**os.environ, "CTLD_CUDA": "1", **environment},
+        capture_output=True,
+        text=True,
     )
 
 

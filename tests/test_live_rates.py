@@ -107,7 +107,7 @@ def test_a_live_group_and_one_that_is_not(device, rates):
 def test_one_tensor_for_all_groups(device):
     rate = live(0.05)
     optimizer = make(device, (rate, rate))
-    expected = run(run(make("reference"), 2), 0)
+    expected = run(make("reference"), 2)
     assert_alike(expected, run(optimizer, 2))
     rate.fill_(0.01)
     set_rates(expected, (0.01, 0.01))
@@ -170,7 +170,7 @@ def quiet_state_dict(optimizer):
         return optimizer.state_dict()
 
 
-@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
 @pytest.mark.parametrize("phase", ["explore", "finetune"])
 def test_a_step_with_an_invalid_rate_is_left_out(device, bad, phase):
     explore_steps = None if phase == "explore" else 1
@@ -236,10 +236,9 @@ def resume(optimizer, state, other):
     return optimizer
 
 
-# into an optimizer that has made steps, in either phase
-@pytest.mark.parametrize("steps", [2, 5])
-@pytest.mark.parametrize("used", [0, 1, 6])
+@pytest.mark.parametrize(("steps", "used"), [(2, 0), (5, 0), (5, 1), (2, 5)])
 def test_loading_keeps_the_tensors_and_resumes(device, steps, used):
+    """A state after ``steps`` steps, into an optimizer that has made ``used``."""
     expected = follow(make("reference"))
     original = follow(make(device, (live(0.05), live(0.05))), RATES[:steps])
     other = follow(make(device, (live(0.1), live(0.1))), RATES[:used])
@@ -286,8 +285,10 @@ def test_loading_a_rate_of_one_element_in_another_shape(device, shapes):
     assert_alike(run(original, 1, first=1), run(other, 1, first=1))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
-@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize(
+    ("copied", "steps"),
+    [(copy.deepcopy, 5), (lambda optimizer: pickle.loads(pickle.dumps(optimizer)), 2)],
+)
 def test_copies_have_rates_of_their_own(device, copied, steps):
     original = follow(make(device, (live(0.05), live(0.05))), RATES[:steps])
     other = copied(original)

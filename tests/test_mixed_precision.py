@@ -263,3 +263,14 @@ def test_copies_still_unscale(processor, copied):
         step_scaled(optimizer, 2, 1000.0, found_inf=1.0)
     assert differing(snapshot(original), snapshot(other)) == []
     assert int(other._sampler.step) == 2
+
+
+def test_without_gradients_the_scaler_says_the_number_zero(processor):
+    """It sums found_inf over devices that have gradients: over none, the sum is an int."""
+    expected, actual = run(make("reference"), 1), run(make(processor), 1)
+    actual.found_inf, actual.grad_scale = 0, torch.tensor(1.0)
+    for optimizer in (expected, actual):
+        for p in parameters_of(optimizer):
+            p.grad = None
+        optimizer.step(loss=1.0)
+    assert differing(snapshot(expected), snapshot(actual)) == []

@@ -15,7 +15,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from common import bits, differing, make_parameters, run, snapshot, two_groups
+from common import bits, device_of, differing, make_parameters, run, snapshot, two_groups
 from laws import PLAIN, check, deviations_from, repeat
 from test_parity import CHAIN_SHAPES, CHAINS, SMALL, compare
 
@@ -216,7 +216,8 @@ def mixed(backend, chains=None, **options):
     """Parameters of all types in two groups."""
     sizes = [(chains or 1, n) for n in (1, 3, 5, 130, 1025)]
     dtypes = (BF16, torch.float32, torch.float64, torch.float16)
-    parameters = [p for dtype in dtypes for p in make_parameters(sizes, dtype=dtype)]
+    device = device_of(backend)
+    parameters = [p for dtype in dtypes for p in make_parameters(sizes, dtype=dtype, device=device)]
     groups = [
         {"params": parameters[::3] + parameters[1::3], "weight_decay": 0.01},
         {"params": parameters[2::3], "lr": 0.02, "momentum": 0.5},
@@ -241,17 +242,18 @@ def test_parity_at_every_number(compiled_backend, rounding, phase, seed):
     def shuffled():
         return every_bfloat16()[torch.randperm(65536, generator=generator)]
 
-    theta, momentum, gradients = shuffled(), shuffled(), [shuffled(), shuffled()]
+    theta, momentum, gradients = shuffled(), shuffled().float(), [shuffled(), shuffled()]
+    momentum[:64] = floats(0x7FFFFFFF)  # NaN that would wrap to 0 if it were rounded
 
     def stepped(backend):
-        p = torch.nn.Parameter(theta.clone())
+        p = torch.nn.Parameter(theta.to(device_of(backend), copy=True))
         explore_steps = None if phase == "explore" else 0
         options = {"lr": 0.5, "num_data": 10, "weight_decay": 0.1, "seed": seed, "tempering": None}
         optimizer = CTLD([p], backend=backend, explore_steps=explore_steps, **options, **rounding)
         optimizer._prepare()
         optimizer.state[p]["momentum_buffer"].copy_(momentum)
         for g in gradients:
-            p.grad = g.clone()
+            p.grad = g.to(p.device, copy=True)
             optimizer.step()
         return snapshot(optimizer)
 
