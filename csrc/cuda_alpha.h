@@ -191,18 +191,23 @@ CTLD_DEVICE void commit_step(const StepArguments& a) {
   }
 }
 
-// By the last block, where chunks were shared out.
-CTLD_DEVICE void commit_chains(const StepArguments& a) {
+CTLD_DEVICE void commit_step_of_chain(const StepArguments& a, uint32_t chain, const ChainStep& step) {
+  commit_chain(a, chain, step);
+  if (!step.visit.usable) return;
+  const BinSums sums = bin_sums(a.scratch.bin_sums, a.constants.bins);
+  add_visit(sums, step.visit);
+  add(sums.r_square, step.visit.r_square);
+  add(sums.samples, 1);
+}
+
+// By the last block, where chunks were shared out. `known`: the step of the only chain, if the block has it.
+CTLD_DEVICE void commit_chains(const StepArguments& a, const ChainStep* known) {
   const auto chains = static_cast<uint32_t>(a.chains);
-  if (a.constants.bins) {
+  if (a.constants.bins && known) {
+    if (thread() == 0) commit_step_of_chain(a, 0, *known);
+  } else if (a.constants.bins) {
     for (uint32_t chain = thread(); chain < chains; chain += kThreads) {
-      const ChainStep step = step_of_chain(a, chain);
-      commit_chain(a, chain, step);
-      if (!step.visit.usable) continue;
-      const BinSums sums = bin_sums(a.scratch.bin_sums, a.constants.bins);
-      add_visit(sums, step.visit);
-      add(sums.r_square, step.visit.r_square);
-      add(sums.samples, 1);
+      commit_step_of_chain(a, chain, step_of_chain(a, chain));
     }
   }
   for (uint32_t chain = thread(); chain < chains; chain += kThreads) {

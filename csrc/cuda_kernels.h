@@ -23,6 +23,7 @@ struct ChunkBlock {
   uint32_t entry, chunk, end;                  // where next_task goes on
   uint32_t chain, last_chain;                  // of the task and of the one before
   double scale, rescale;                       // of that chain
+  ChainStep step;                              // likewise, with tempering
   int64_t kinetic[kThreads], prior[kThreads];  // of the threads; not in their registers between tasks
   int64_t warp_sums[2][kThreads / 32];
   uint32_t more, is_last;
@@ -45,9 +46,9 @@ CTLD_DEVICE void enter_chain(const StepArguments& a, ChunkBlock& block, uint32_t
   block.chain = chain;
   block.scale = block.rescale = 1.0;
   if (integrator == Integrator::kMomentumSgd || a.constants.bins == 0) return;
-  const ChainStep step = step_of_chain(a, chain);
-  block.scale = step.scale;
-  block.rescale = step.rescale;
+  block.step = step_of_chain(a, chain);
+  block.scale = block.step.scale;
+  block.rescale = block.step.rescale;
 }
 
 // What a kernel does with chunks.
@@ -153,7 +154,8 @@ CTLD_KERNEL step_chunks(const __grid_constant__ StepArguments a) {
     return chains.sums;
   });
   if (!is_last_block(a, block.is_last)) return;
-  if (integrator != Integrator::kMomentumSgd) commit_chains(a);
+  const bool knows_all = a.chains == 1 && block.chain == 0;
+  if (integrator != Integrator::kMomentumSgd) commit_chains(a, knows_all ? &block.step : nullptr);
   commit_step<integrator>(a);
 }
 

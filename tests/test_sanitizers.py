@@ -31,9 +31,9 @@ FAULTS = {
     ),
     "write by every block": (
         "cuda_kernels.h",
-        "  if (!is_last_block(a, block.is_last)) return;\n  if (integrator",
+        "  if (!is_last_block(a, block.is_last)) return;\n  const bool knows_all",
         "  if (thread() == 0) a.state.kinetic[0] += 1;\n"
-        "  if (!is_last_block(a, block.is_last)) return;\n  if (integrator",
+        "  if (!is_last_block(a, block.is_last)) return;\n  const bool knows_all",
         THREAD,
         "data race",
     ),

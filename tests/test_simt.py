@@ -151,6 +151,26 @@ def test_nonfinite_values_and_saturation_set_the_same_flags(monkeypatch, value, 
     assert differing(expected, troubled()) == []
 
 
+@pytest.mark.parametrize("explore_steps", [None, 0])
+def test_every_number(monkeypatch, explore_steps):
+    """Every bfloat16 as parameter and gradient; a weight decay, but no energy that could feel it."""
+
+    def stepped():
+        every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        p = torch.nn.Parameter(every.clone())
+        p.grad = every.flip(0)
+        options = {"lr": 0.05, "weight_decay": 0.1, "num_data": 10, "explore_steps": explore_steps}
+        optimizer = CTLD([p], tempering=None, backend=backend, **options)
+        optimizer.step()
+        return snapshot(optimizer)
+
+    backend = "reference"
+    expected = stepped()
+    simulated.install(monkeypatch)
+    backend = "cpu"
+    assert differing(expected, stepped()) == []
+
+
 def test_unusable_losses_leave_alpha_alone(monkeypatch):
     def troubled():
         optimizer = two_groups([(5,), (70,)], backend=backend, tempering=MOVING)
