@@ -66,28 +66,6 @@ class FloatEnvironment {
   FloatEnvironment& operator=(const FloatEnvironment&) = delete;
 };
 
-std::size_t parameter_bytes(Format format) {
-  switch (format) {
-    case Format::kFloat32:
-      return 4;
-    case Format::kFloat64:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
-std::size_t momentum_bytes(Format format) {
-  switch (format) {
-    case Format::kFloat64:
-      return 8;
-    case Format::kBFloat16Both:
-      return 2;
-    default:
-      return 4;
-  }
-}
-
 // the gradient of a tensor that has none; zero in every dtype
 alignas(64) const unsigned char kZeros[kTileElements * 8] = {};
 

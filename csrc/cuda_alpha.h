@@ -57,21 +57,21 @@ CTLD_DEVICE const void* gradient_of(const StepArguments& a, uint32_t entry) {
   return reinterpret_cast<const void* const*>(gradients)[entry - a.first_entry];
 }
 
-CTLD_DEVICE double momentum_unit(double lr, double momentum, double num_data) {
-  return sqrt((1.0 + momentum) / 2.0) * sqrt(num_data * lr);
+// The unit that a live rate has kept, or begins with.
+CTLD_DEVICE double unit_of(const GroupArguments& g, double lr, double num_data) {
+  const double kept = *g.rate.unit;
+  return kept > 0.0 ? kept : momentum_unit(*g.rate.last, lr, g.coefficients.momentum, num_data);
 }
 
-// A live rate's gradient and drift coefficients, their sign left to `sign`.
+// A live rate's gradient and drift coefficients; the host has put the sign where the gradient's belongs.
 template <Integrator integrator>
 CTLD_DEVICE Rates live_rates(const GroupArguments& g, double lr, double num_data) {
-  const double momentum = g.coefficients.momentum, sign = g.coefficients.gradient;
+  const double sign = g.coefficients.gradient;
   if (integrator == Integrator::kMomentumSgd) {
-    const double last = *g.rate.last, kept = *g.rate.unit;
-    const double reference = last > 0.0 ? last : (lr > 0.0 ? lr : 1.0);
-    const double unit = kept > 0.0 ? kept : momentum_unit(reference, momentum, num_data);
+    const double unit = unit_of(g, lr, num_data);
     return {sign * unit, lr / unit};
   }
-  const Rates rates = explore_rates(integrator, lr, momentum, num_data);
+  const Rates rates = explore_rates(integrator, lr, g.coefficients.momentum, num_data);
   return {sign * rates.gradient, rates.drift};
 }
 
@@ -178,10 +178,8 @@ CTLD_DEVICE void commit_step(const StepArguments& a) {
     const double lr = read_number(g.rate.lr, g.rate.type, 0);
     if (integrator != Integrator::kMomentumSgd) {
       if (lr > 0.0) *g.rate.last = lr;
-    } else if (!(*g.rate.unit > 0.0)) {
-      const double last = *g.rate.last;
-      const double reference = last > 0.0 ? last : (lr > 0.0 ? lr : 1.0);
-      *g.rate.unit = momentum_unit(reference, g.coefficients.momentum, a.num_data);
+    } else {
+      *g.rate.unit = unit_of(g, lr, a.num_data);
     }
   }
   __syncthreads();

@@ -284,7 +284,7 @@ CTLD_DEVICE void start_chains(ChainBlock& block) {
   __syncthreads();
 }
 
-// Calls visit(Storage, elements of a chain) for every tensor, by all threads, when its task is made.
+// Calls visit(elements of a chain) for every tensor, by all threads, when its task is made.
 template <Purpose purpose, Integrator integrator, class Visit>
 CTLD_DEVICE void for_tensors(const StepArguments& a, ChainBlock& block, const OwnChains& own,
                              const Visit& visit) {

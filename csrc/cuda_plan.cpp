@@ -153,8 +153,8 @@ uint32_t CudaPlan::slice_at(uint32_t first) const {
   return i - first;
 }
 
-void CudaPlan::launch_chunks(KernelChoice choice, const std::vector<const void*>& gradients,
-                             CudaQueue queue) {
+void CudaPlan::launch_chunks(KernelChoice::Work work, Integrator integrator,
+                             const std::vector<const void*>& gradients, CudaQueue queue) {
   StepArguments& a = arguments_;
   const auto entries = static_cast<uint32_t>(tensors_.size());
   struct Slice {
@@ -182,43 +182,42 @@ void CudaPlan::launch_chunks(KernelChoice choice, const std::vector<const void*>
     a.chunk_end = first_chunk_[slice.first + slice.count];
     a.chunks_per_block = slice.chunks_per_block;
     if (!gradients.empty()) put_gradients(gradients, slice.first, slice.count);
-    choice.format = slice.count ? tensors_[slice.first].format : Format::kFloat32;
-    launch(choice, slice.blocks, queue.device, queue.stream, a);
+    const Format format = slice.count ? tensors_[slice.first].format : Format::kFloat32;
+    launch({work, integrator, format}, slice.blocks, queue.device, queue.stream, a);
   }
 }
 
-void CudaPlan::launch_chains(KernelChoice choice, const std::vector<const void*>& gradients,
-                             CudaQueue queue) {
+void CudaPlan::launch_chains(KernelChoice::Work work, Integrator integrator,
+                             const std::vector<const void*>& gradients, CudaQueue queue) {
   StepArguments& a = arguments_;
   a.first_entry = 0;
   a.entries = static_cast<uint32_t>(tensors_.size());
   a.blocks = static_cast<uint32_t>(divide_up<int64_t>(a.chains, a.chains_per_block));
   if (!gradients.empty()) put_gradients(gradients, 0, a.entries);
-  choice.format = tensors_.front().format;
-  launch(choice, a.blocks, queue.device, queue.stream, a);
+  launch({work, integrator, tensors_.front().format}, a.blocks, queue.device, queue.stream, a);
 }
 
 void CudaPlan::explore(const std::vector<const void*>& gradients, const CudaStep& step, Integrator integrator,
                        CudaQueue queue) {
   prepare(step);
   if (owns_chains()) {
-    launch_chains({KernelChoice::Work::kChains, integrator, Format::kFloat32}, gradients, queue);
+    launch_chains(KernelChoice::Work::kChains, integrator, gradients, queue);
   } else {
-    launch_chunks({KernelChoice::Work::kChunks, integrator, Format::kFloat32}, gradients, queue);
+    launch_chunks(KernelChoice::Work::kChunks, integrator, gradients, queue);
   }
 }
 
 void CudaPlan::finetune(const std::vector<const void*>& gradients, const CudaStep& step, CudaQueue queue) {
   prepare(step);
-  launch_chunks({KernelChoice::Work::kChunks, Integrator::kMomentumSgd, Format::kFloat32}, gradients, queue);
+  launch_chunks(KernelChoice::Work::kChunks, Integrator::kMomentumSgd, gradients, queue);
 }
 
 void CudaPlan::reduce_prior_energy(const CudaStep& step, CudaQueue queue) {
   prepare(step);
   if (owns_chains()) {
-    launch_chains({KernelChoice::Work::kPriorOfChains, Integrator::kEuler, Format::kFloat32}, {}, queue);
+    launch_chains(KernelChoice::Work::kPriorOfChains, Integrator::kEuler, {}, queue);
   } else {
-    launch_chunks({KernelChoice::Work::kPriorOfChunks, Integrator::kEuler, Format::kFloat32}, {}, queue);
+    launch_chunks(KernelChoice::Work::kPriorOfChunks, Integrator::kEuler, {}, queue);
   }
 }
 

@@ -51,8 +51,10 @@ class CudaPlan {
  private:
   void prepare(const CudaStep& step);
   // `gradients` empty: they are not needed, and all formats go into one launch
-  void launch_chunks(KernelChoice choice, const std::vector<const void*>& gradients, CudaQueue queue);
-  void launch_chains(KernelChoice choice, const std::vector<const void*>& gradients, CudaQueue queue);
+  void launch_chunks(KernelChoice::Work work, Integrator integrator,
+                     const std::vector<const void*>& gradients, CudaQueue queue);
+  void launch_chains(KernelChoice::Work work, Integrator integrator,
+                     const std::vector<const void*>& gradients, CudaQueue queue);
   void put_gradients(const std::vector<const void*>& gradients, uint32_t first, uint32_t count);
   // entries from `first` on that can go into one launch
   uint32_t slice_at(uint32_t first) const;

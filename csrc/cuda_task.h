@@ -31,22 +31,12 @@ struct Task {
 template <class Parameter>
 constexpr uint32_t kUnit = sizeof(Parameter) == 2 ? 8 : 4;
 
-CTLD_DEVICE uint32_t element_bytes(Format format) {
-  if (format == Format::kFloat64) return 8;
-  return format == Format::kFloat32 ? 4 : 2;
-}
-
-CTLD_DEVICE uint32_t momentum_bytes(Format format) {
-  if (format == Format::kFloat64) return 8;
-  return format == Format::kBFloat16Both ? 2 : 4;
-}
-
 // The task for elements [begin, end) of a tensor whose chain is at temperature T0 scale^2.
 template <Integrator integrator>
 CTLD_DEVICE void make_task(Task& task, const StepArguments& a, Rates rates, const TableEntry& entry,
                            const void* gradient, uint64_t begin, uint64_t end, double scale, double rescale) {
   const auto format = static_cast<Format>(entry.format);
-  const uint32_t bytes = element_bytes(format), unit = bytes == 2 ? 8 : 4;
+  const uint32_t bytes = parameter_bytes(format), unit = bytes == 2 ? 8 : 4;
   const uint64_t origin = begin - begin % unit;
   const GroupCoefficients& g = group_of(a, entry.group).coefficients;
   const uint64_t step = static_cast<uint64_t>(*a.state.step);

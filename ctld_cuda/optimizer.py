@@ -242,7 +242,11 @@ class CTLD(Optimizer):
         if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
             self._explored += exploring  # as where only the device knows
             return loss
-        inputs = StepInputs(gradients, [], [], energy, grad_scale, found_inf)
+        rates = [
+            self._live_rate(group, lr) if isinstance(lr, Tensor) else None
+            for group, (lr, _, _) in zip(self.param_groups, hypers, strict=True)
+        ]
+        inputs = StepInputs(gradients, [], rates, energy, grad_scale, found_inf)
         if not exploring:
             self._finetune(hypers, inputs)
         elif any(isinstance(lr, Tensor) or lr > 0 for lr, _, _ in hypers):
@@ -271,10 +275,7 @@ class CTLD(Optimizer):
     def _explore(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
         for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
             live = isinstance(lr, Tensor)
-            if live:
-                inputs.rates.append(self._live_rate(group, lr))
-            else:
-                inputs.rates.append(None)
+            if not live:
                 group["last_lr"] = lr if lr > 0 else group["last_lr"]
             coefficients = explore_coefficients(
                 self.integrator,
@@ -296,14 +297,10 @@ class CTLD(Optimizer):
     def _finetune(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
         for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
             live = isinstance(lr, Tensor)
-            if live:
-                inputs.rates.append(self._live_rate(group, lr))
-            else:
-                inputs.rates.append(None)
-                if not group["momentum_unit"]:  # the first step of this phase
-                    # without a positive lr so far any unit serves: it cancels in theta
-                    reference_lr = float(group["last_lr"] or 0.0) or lr or 1.0
-                    group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
+            if not live and not group["momentum_unit"]:  # the first step of this phase
+                # without a positive lr so far any unit serves: it cancels in theta
+                reference_lr = float(group["last_lr"] or 0.0) or lr or 1.0
+                group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
             coefficients = finetune_coefficients(
                 lr=0.0 if live else lr,
                 momentum=momentum,

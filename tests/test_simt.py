@@ -12,13 +12,20 @@ SIZES = [(0,), (1,), (3,), (4,), (5,), (7,), (8,), (9,), (511,), (512,), (513,),
 MOVING = Tempering(step_size=0.1)
 
 
-def compare(monkeypatch, shapes=SIZES, steps=3, blocks=8, resident_blocks=2, make=two_groups, **options):
-    expected = snapshot(run(make(shapes, backend="reference", **options), steps))
+def agree(monkeypatch, stepped, oracle="reference", **simulation):
+    """Compares ``stepped(backend)``, an optimizer after its steps, on the simulated GPU and the oracle."""
+    expected = snapshot(stepped(oracle))
     with monkeypatch.context() as patch:
-        simulated.install(patch, blocks=blocks, resident_blocks=resident_blocks)
-        actual = snapshot(run(make(shapes, backend="cpu", **options), steps))
-    assert differing(expected, actual) == []
+        simulated.install(patch, **simulation)
+        assert differing(expected, snapshot(stepped("cpu"))) == []
     return expected
+
+
+def compare(monkeypatch, shapes=SIZES, steps=3, blocks=8, resident_blocks=2, make=two_groups, **options):
+    def stepped(backend):
+        return run(make(shapes, backend=backend, **options), steps)
+
+    return agree(monkeypatch, stepped, blocks=blocks, resident_blocks=resident_blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -95,9 +102,8 @@ def test_many_tensors(monkeypatch):
 
 def test_more_tensors_than_one_launch_takes(monkeypatch):
     shapes = [(1 + i % 3,) for i in range(4100)]
-    expected = snapshot(run(two_groups(shapes, backend="cpu"), 2))  # the reference would take minutes
-    simulated.install(monkeypatch)
-    assert differing(expected, snapshot(run(two_groups(shapes, backend="cpu"), 2))) == []
+    # the reference would take minutes
+    agree(monkeypatch, lambda backend: run(two_groups(shapes, backend=backend), 2), oracle="cpu")
 
 
 CHAIN_SHAPES = {chains: [(chains,), (chains, 3), (chains, 5), (chains, 65)] for chains in (3, 7, 37, 300)}
@@ -134,78 +140,61 @@ def test_known_energy_noise(monkeypatch):
 @pytest.mark.parametrize("chains", [None, 12])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 1e4])
 def test_nonfinite_values_and_saturation_set_the_same_flags(monkeypatch, value, chains):
-    def troubled():
+    def stepped(backend):
         shapes = [(5,), (700,)] if chains is None else [(chains, 5), (chains, 11)]
         optimizer = two_groups(shapes, backend=backend, tempering=MOVING, chains=chains)
         run(optimizer, 1)
         for p in optimizer.param_groups[1]["params"]:
             p.grad.view(-1)[17] = value
         optimizer.step(loss=torch.ones(chains) if chains else 1.0)
-        return snapshot(optimizer)
+        return optimizer
 
-    backend = "reference"
-    expected = troubled()
-    assert int(expected["flags"]) != 0
-    simulated.install(monkeypatch)
-    backend = "cpu"
-    assert differing(expected, troubled()) == []
+    assert int(agree(monkeypatch, stepped)["flags"]) != 0
 
 
 @pytest.mark.parametrize("explore_steps", [None, 0])
 def test_every_number(monkeypatch, explore_steps):
     """Every bfloat16 as parameter and gradient; a weight decay, but no energy that could feel it."""
 
-    def stepped():
+    def stepped(backend):
         every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         p = torch.nn.Parameter(every.clone())
         p.grad = every.flip(0)
         options = {"lr": 0.05, "weight_decay": 0.1, "num_data": 10, "explore_steps": explore_steps}
         optimizer = CTLD([p], tempering=None, backend=backend, **options)
         optimizer.step()
-        return snapshot(optimizer)
+        return optimizer
 
-    backend = "reference"
-    expected = stepped()
-    simulated.install(monkeypatch)
-    backend = "cpu"
-    assert differing(expected, stepped()) == []
+    agree(monkeypatch, stepped)
 
 
 def test_unusable_losses_leave_alpha_alone(monkeypatch):
-    def troubled():
+    def stepped(backend):
         optimizer = two_groups([(5,), (70,)], backend=backend, tempering=MOVING)
         run(optimizer, 2)
         optimizer.step(loss=float("nan"))
         optimizer.step(loss=1e300)
-        return snapshot(optimizer)
+        return optimizer
 
-    backend = "reference"
-    expected = troubled()
-    simulated.install(monkeypatch)
-    backend = "cpu"
-    assert differing(expected, troubled()) == []
+    agree(monkeypatch, stepped)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chains", [None, 12])
 def test_losses_of_every_type(monkeypatch, dtype, chains):
-    def stepped():
+    def stepped(backend):
         optimizer = two_groups([(chains or 1, 3)], backend=backend, tempering=MOVING, chains=chains)
         for i in range(3):
             run(optimizer, 0)
             loss = torch.linspace(-2.0, 3.3, 12).to(dtype)[: chains or 1] + i
             optimizer.step(loss=loss if chains else loss[0])
-        return snapshot(optimizer)
+        return optimizer
 
-    backend = "reference"
-    expected = stepped()
-    simulated.install(monkeypatch)
-    backend = "cpu"
-    assert differing(expected, stepped()) == []
+    agree(monkeypatch, stepped)
 
 
 def test_missing_gradients_frozen_and_foreign_written_parameters(monkeypatch):
-    def stepped():
+    def stepped(backend):
         optimizer = two_groups([(5,), (600,), (7,), (3,)], backend=backend, tempering=MOVING)
         parameters = [p for g in optimizer.param_groups for p in g["params"]]
         run(optimizer, 1)
@@ -220,13 +209,9 @@ def test_missing_gradients_frozen_and_foreign_written_parameters(monkeypatch):
         optimizer.finetune()
         parameters[3].grad = None
         optimizer.step()
-        return snapshot(optimizer)
+        return optimizer
 
-    backend = "reference"
-    expected = stepped()
-    simulated.install(monkeypatch)
-    backend = "cpu"
-    assert differing(expected, stepped()) == []
+    agree(monkeypatch, stepped)
 
 
 def test_unusual_layouts(monkeypatch):

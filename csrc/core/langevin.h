@@ -43,6 +43,13 @@ CTLD_HD Rates explore_rates(Integrator integrator, double lr, double momentum, d
   return {root_c * kick, glide / root_c};
 }
 
+// c sqrt(N h) at the last positive learning rate `last` of the sampling phase; any other serves where there
+// was none.
+CTLD_HD double momentum_unit(double last, double lr, double momentum, double num_data) {
+  const double reference = last > 0.0 ? last : (lr > 0.0 ? lr : 1.0);
+  return sqrt((1.0 + momentum) / 2.0) * sqrt(num_data * reference);
+}
+
 CTLD_HD Decay decay_of(const GroupCoefficients& g) {
   if (g.prior != 0.0) return Decay::kGradientAndEnergy;
   return g.weight_decay != 0.0 ? Decay::kGradient : Decay::kNone;

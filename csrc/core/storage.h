@@ -79,6 +79,16 @@ enum class Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat6
 
 constexpr int kFormats = 5;
 
+CTLD_HD uint32_t parameter_bytes(Format format) {
+  if (format == Format::kFloat64) return 8;
+  return format == Format::kFloat32 ? 4 : 2;
+}
+
+CTLD_HD uint32_t momentum_bytes(Format format) {
+  if (format == Format::kFloat64) return 8;
+  return format == Format::kBFloat16Both ? 2 : 4;
+}
+
 template <class Parameter_, class Momentum_, class Real_>
 struct Stored {
   using Parameter = Parameter_;

@@ -11,7 +11,7 @@ from ..layout import Slot
 from ..reference import Settings, unscale_factor
 from ..state import State
 from ..tempering import TemperingConstants
-from .extension import _C, WHY_NOT, infos, numbers
+from .extension import _C, WHY_NOT, plan_arguments
 from .interface import StepInputs
 
 
@@ -32,15 +32,7 @@ class CpuBackend:
         self._state = state  # keeps the tensors behind the addresses alive
         self._baoab = settings.integrator == "baoab"
         isa = os.environ.get("CTLD_INSTRUCTION_SET") or _C.instruction_sets()[0]
-        self._plan = _C.CpuPlan(
-            infos(slots),
-            state.alpha.numel(),
-            numbers(constants),
-            state.addresses(),
-            settings.seed,
-            settings.stochastic_rounding,
-            isa,
-        )
+        self._plan = _C.CpuPlan(*plan_arguments(slots, state, constants, settings), isa)
 
     @staticmethod
     def info() -> dict[str, object]:

@@ -10,7 +10,7 @@ from ..layout import Slot
 from ..reference import Settings
 from ..state import State
 from ..tempering import TemperingConstants
-from .extension import _C, WHY_NOT, infos, numbers
+from .extension import _C, WHY_NOT, plan_arguments
 from .interface import StepInputs
 
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -42,12 +42,7 @@ class CudaBackend:
         self._device = state.step.device
         self._baoab = settings.integrator == "baoab"
         self._plan = self.extension.CudaPlan(
-            infos(slots),
-            state.alpha.numel(),
-            numbers(constants),
-            state.addresses(),
-            settings.seed,
-            settings.stochastic_rounding,
+            *plan_arguments(slots, state, constants, settings),
             settings.num_data,
             self._resident_blocks(),
         )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ..layout import Slot
+from ..reference import Settings
+from ..state import State
 from ..tempering import ADAPTIVE, FULL, STANDARDIZED, TemperingConstants
 
 try:
@@ -18,20 +20,21 @@ except ImportError as error:
 else:
     WHY_NOT = ""
 
-FORMATS = {
+_FORMATS = {
     (torch.float32, torch.float32): 0,
     (torch.bfloat16, torch.float32): 1,
     (torch.float16, torch.float32): 2,
     (torch.float64, torch.float64): 3,
     (torch.bfloat16, torch.bfloat16): 4,
 }
-COUPLINGS = {FULL: 0, ADAPTIVE: 1, STANDARDIZED: 2}
+_COUPLINGS = {FULL: 0, ADAPTIVE: 1, STANDARDIZED: 2}
 
 
-def infos(slots: Sequence[Slot]) -> list[tuple[int, int, int, int]]:
-    """What a compiled plan is told about each parameter: size, noise index, group, format."""
-    return [(s.parameter.numel(), s.index, s.group, FORMATS[s.dtype, s.momentum.dtype]) for s in slots]
-
-
-def numbers(constants: TemperingConstants) -> dict[str, float]:
-    return dataclasses.asdict(constants) | {"coupling": COUPLINGS[constants.coupling]}
+def plan_arguments(
+    slots: Sequence[Slot], state: State, constants: TemperingConstants, settings: Settings
+) -> tuple[object, ...]:
+    """What all compiled plans are told first; the state's tensors must outlive the plan."""
+    infos = [(s.parameter.numel(), s.index, s.group, _FORMATS[s.dtype, s.momentum.dtype]) for s in slots]
+    numbers = dataclasses.asdict(constants) | {"coupling": _COUPLINGS[constants.coupling]}
+    chains = state.alpha.numel()
+    return infos, chains, numbers, state.addresses(), settings.seed, settings.stochastic_rounding

@@ -41,12 +41,6 @@ struct Scenario {
 constexpr int32_t kBins = 12;
 constexpr int kSteps = 2;
 
-std::size_t bytes_of(Format format, bool momentum) {
-  if (format == Format::kFloat64) return 8;
-  if (momentum) return format == Format::kBFloat16Both ? 2 : 4;
-  return format == Format::kFloat32 ? 4 : 2;
-}
-
 template <class T>
 T rounded(float x) {
   T to;
@@ -147,7 +141,7 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
     infos.push_back({n, static_cast<uint32_t>(i), static_cast<uint32_t>(i % 2), format});
     void* at[3];
     for (int part = 0; part < 3; ++part) {
-      const std::size_t bytes = bytes_of(format, part == 1);
+      const std::size_t bytes = part == 1 ? momentum_bytes(format) : parameter_bytes(format);
       const std::size_t offset = scenario.aligned ? 0 : bytes * ((i + part) % 4);
       memory.push_back(std::make_unique<Memory>(bytes * n, offset));
       fill(*memory.back(), n, bytes, format == Format::kFloat16, random);
