@@ -87,7 +87,8 @@ def chain_step(
 
     k = explore_coefficients("baoab", lr=LR, momentum=MOMENTUM, weight_decay=0.0, num_data=1.0, c=c)
     after = scale(alpha)
-    p = (after / before).to(p.dtype) * p - k.gradient * gradient
+    rescale = after / before
+    p = rescale.to(p.dtype) * p - (k.gradient * (0.5 * (rescale + 1))).to(p.dtype) * gradient
     theta = theta + k.drift * p
     p = k.momentum * p + (k.noise * after).to(p.dtype) * xi
     theta = theta + k.drift * p

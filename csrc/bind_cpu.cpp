@@ -17,10 +17,11 @@ const TileKernels* kernels_named(const std::string& name) {
 class BoundCpuPlan {
  public:
   BoundCpuPlan(const std::vector<Info>& tensors, int64_t chains, const Numbers& constants,
-               const Addresses& state, uint64_t seed, bool stochastic, const std::string& isa)
+               const Addresses& state, uint64_t seed, bool stochastic,
+               const std::vector<double>& group_elements, const std::string& isa)
       : kinetic_(kinetic_quanta(constants_from(constants, chains))),
         plan_(infos_from(tensors), chains, constants_from(constants, chains), state_from(state), seed,
-              stochastic, kernels_named(isa)),
+              stochastic, group_elements, kernels_named(isa)),
         pointers_(tensors.size()) {}
 
   void explore(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups, bool baoab,
@@ -91,7 +92,7 @@ void normal(uint64_t seed, uint64_t step, uint32_t stream, uint32_t index, uint3
 void bind_cpu(py::module_& module) {
   py::class_<BoundCpuPlan>(module, "CpuPlan", py::module_local())
       .def(py::init<const std::vector<Info>&, int64_t, const Numbers&, const Addresses&, uint64_t, bool,
-                    const std::string&>())
+                    const std::vector<double>&, const std::string&>())
       .def("explore", &BoundCpuPlan::explore)
       .def("finetune", &BoundCpuPlan::finetune)
       .def("reduce_prior_energy", &BoundCpuPlan::reduce_prior_energy);

@@ -63,7 +63,9 @@ inline StatePointers state_from(const Addresses& a) {
   s.alpha_momentum = pointer<double>(a.at("alpha_momentum"));
   s.temperature = pointer<double>(a.at("temperature"));
   s.settled = pointer<int64_t>(a.at("settled"));
+  s.turns = pointer<int64_t>(a.at("turns"));
   s.kinetic = pointer<int64_t>(a.at("kinetic"));
+  s.friction = pointer<double>(a.at("friction"));
   s.prior = pointer<int64_t>(a.at("prior"));
   s.visits = pointer<int64_t>(a.at("visits"));
   s.energy_mean = pointer<double>(a.at("energy_mean"));

@@ -79,13 +79,15 @@ int useful_threads(int64_t work, int threads) {
 }  // namespace
 
 CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
-                 const StatePointers& state, uint64_t seed, bool stochastic, const TileKernels* kernels)
+                 const StatePointers& state, uint64_t seed, bool stochastic,
+                 std::vector<double> group_elements, const TileKernels* kernels)
     : tensors_(std::move(tensors)),
       chains_(chains),
       constants_(constants),
       state_(state),
       keys_(round_keys(seed)),
       stochastic_(stochastic),
+      group_elements_(std::move(group_elements)),
       kernels_(kernels),
       scale_(chains, 1.0),
       rescale_(chains, 1.0),
@@ -94,6 +96,38 @@ CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temperin
     first_chunk_.push_back(chunks_);
     chunks_ += static_cast<uint32_t>((tensor.numel + kTileElements - 1) / kTileElements);
     elements_ += tensor.numel;
+  }
+}
+
+// of each chain
+int64_t CpuPlan::kinetic_sums() const {
+  return group_elements_.empty() ? 1 : static_cast<int64_t>(group_elements_.size());
+}
+
+void CpuPlan::adapt_frictions(const std::vector<GroupCoefficients>& groups, bool baoab) {
+  const FloatEnvironment environment;
+  const int64_t thermostats = static_cast<int64_t>(group_elements_.size());
+  for (int64_t i = 0; i < chains_ * thermostats; ++i) {
+    const int64_t chain = i / thermostats, group = i % thermostats;
+    const Friction friction =
+        adapt_friction(state_.friction[i], state_.kinetic[i], state_.temperature[chain],
+                       group_elements_[group], groups[group].momentum, baoab, constants_);
+    state_.friction[i] = friction.value;
+    *state_.flags |= friction.flags;
+  }
+}
+
+// The momenta's friction at the new temperatures.
+void CpuPlan::damp(const std::vector<GroupCoefficients>& groups) {
+  const FloatEnvironment environment;
+  const int64_t thermostats = static_cast<int64_t>(group_elements_.size());
+  momentum_.resize(chains_ * thermostats);
+  for (int64_t group = 0; group < thermostats; ++group) {
+    for (int64_t chain = 0; chain < chains_; ++chain) {
+      const double friction = state_.friction[chain * thermostats + group];
+      momentum_[group * chains_ + chain] =
+          damped_momentum(groups[group].momentum, friction, scale_[chain] * scale_[chain]);
+    }
   }
 }
 
@@ -117,6 +151,7 @@ void CpuPlan::temper(const double* loss, int threads) {
       state_.alpha_momentum[chain] = step.r;
       state_.temperature[chain] = c.base_temperature * (step.scale * step.scale);
       state_.settled[chain] = absolute(step.alpha) <= c.flat ? state_.settled[chain] + 1 : 0;
+      state_.turns[chain] = turns_after(state_.turns[chain], step.alpha, c);
       scale_[chain] = step.scale;
       rescale_[chain] = step.rescale;
       if (step.flags) __atomic_fetch_or(state_.flags, step.flags, __ATOMIC_RELAXED);
@@ -171,7 +206,9 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
     tile.chain_length = tensor.numel / chains_;
     tile.scale = scale_.data();
     tile.rescale = rescale_.data();
-    tile.kinetic = state_.kinetic;
+    tile.momentum = momentum_.empty() ? nullptr : momentum_.data() + tensor.group * chains_;
+    tile.kinetic = state_.kinetic + (group_elements_.empty() ? 0 : tensor.group);
+    tile.kinetic_stride = kinetic_sums();
     tile.prior = state_.prior;
     tile.flags = state_.flags;
     function(tile);
@@ -182,12 +219,14 @@ void CpuPlan::explore(const std::vector<TensorPointers>& tensors,
                       const std::vector<GroupCoefficients>& groups, Integrator integrator, const double* loss,
                       double unscale, int threads) {
   if (constants_.bins) temper(loss, threads);
-  std::fill_n(state_.kinetic, chains_, 0);
+  if (!group_elements_.empty()) damp(groups);
+  std::fill_n(state_.kinetic, chains_ * kinetic_sums(), 0);
   std::fill_n(state_.prior, chains_, 0);
   const auto& steps = kernels_->step[static_cast<int>(integrator)];
   for_tiles(tensors, groups, unscale, threads, [&](const TensorInfo& tensor, const TensorPointers&) {
     return steps[static_cast<int>(decay_of(groups[tensor.group]))][static_cast<int>(tensor.format)];
   });
+  if (!group_elements_.empty()) adapt_frictions(groups, integrator == Integrator::kBaoab);
   *state_.step += 1;
 }
 
@@ -195,6 +234,7 @@ void CpuPlan::finetune(const std::vector<TensorPointers>& tensors,
                        const std::vector<GroupCoefficients>& groups, double unscale, int threads) {
   std::fill(scale_.begin(), scale_.end(), 1.0);
   std::fill(rescale_.begin(), rescale_.end(), 1.0);
+  momentum_.clear();
   const auto& steps = kernels_->step[static_cast<int>(Integrator::kMomentumSgd)];
   for_tiles(tensors, groups, unscale, threads,
             [&](const TensorInfo& tensor, const TensorPointers& at) -> TileFunction {

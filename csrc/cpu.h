@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/tempering.h"
+#include "core/thermostat.h"
 #include "cpu_tile.h"
 #include "plan.h"
 
@@ -15,9 +16,11 @@ std::vector<const TileKernels*> supported_kernels();
 
 class CpuPlan {
  public:
-  // With `stochastic`, bfloat16 is rounded stochastically.
+  // With `stochastic`, bfloat16 is rounded stochastically. `group_elements`: with thermostats, the elements
+  // of each parameter group that one chain has; otherwise empty.
   CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
-          const StatePointers& state, uint64_t seed, bool stochastic, const TileKernels* kernels);
+          const StatePointers& state, uint64_t seed, bool stochastic, std::vector<double> group_elements,
+          const TileKernels* kernels);
 
   // One sampling step; `loss` holds one value per chain, and is not read without tempering. Gradients are
   // multiplied by `unscale`.
@@ -33,6 +36,9 @@ class CpuPlan {
   std::size_t tensors() const { return tensors_.size(); }
 
  private:
+  int64_t kinetic_sums() const;
+  void adapt_frictions(const std::vector<GroupCoefficients>& groups, bool baoab);
+  void damp(const std::vector<GroupCoefficients>& groups);
   void temper(const double* loss, int threads);
   template <class Choose>
   void for_tiles(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
@@ -47,8 +53,10 @@ class CpuPlan {
   StatePointers state_;
   RoundKeys keys_;
   bool stochastic_;
+  std::vector<double> group_elements_;
   const TileKernels* kernels_;
   std::vector<double> scale_, rescale_;
+  std::vector<double> momentum_;  // of all chains of the first group, then the second; empty: the groups' own
   std::vector<int64_t> bin_sums_;
 };
 

@@ -142,7 +142,8 @@ int64_t flags_of(const Stored* x, int64_t n, int64_t saturated, double scale) {
 template <class Real, class Parameter, class Momentum>
 void add_sums(const Tile& tile, int64_t chain, const Sums& sums, const Parameter* theta, const Momentum* p,
               int64_t n) {
-  if (tile.group->kinetic != 0.0) __atomic_fetch_add(tile.kinetic + chain, sums.kinetic, __ATOMIC_RELAXED);
+  if (tile.group->kinetic != 0.0)
+    __atomic_fetch_add(tile.kinetic + chain * tile.kinetic_stride, sums.kinetic, __ATOMIC_RELAXED);
   if (sums.prior) __atomic_fetch_add(tile.prior + chain, sums.prior, __ATOMIC_RELAXED);
   int64_t flags = 0;
   if (sums.kinetic_seen & kSaturatedBits) flags |= flags_of(p, n, kKineticSaturated, tile.group->kinetic);
@@ -157,7 +158,9 @@ void add_sums(const Tile& tile, int64_t chain, const Sums& sums, const Parameter
 template <Integrator integrator, class Real>
 Coefficients<Real> coefficients_of(const Tile& tile, int64_t chain) {
   const Rates rates = {tile.group->gradient, tile.group->drift};
-  return coefficients_at<integrator, Real>(*tile.group, rates, tile.scale[chain], tile.rescale[chain]);
+  const double momentum = tile.momentum ? tile.momentum[chain] : tile.group->momentum;
+  return coefficients_at<integrator, Real>(*tile.group, momentum, rates, tile.scale[chain],
+                                           tile.rescale[chain]);
 }
 
 // ------------------------------------------------------------------------ pieces of any type

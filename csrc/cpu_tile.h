@@ -29,8 +29,10 @@ struct Tile {
   int64_t chain_length;
   const double* scale;
   const double* rescale;
+  const double* momentum;  // null without thermostats: the group's own
   // sums, added to atomically
   int64_t* kinetic;
+  int64_t kinetic_stride;  // from one chain's to the next one's
   int64_t* prior;
   int64_t* flags;
 };

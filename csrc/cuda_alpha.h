@@ -5,6 +5,7 @@
 #include "core/normal.h"
 #include "core/storage.h"
 #include "core/tempering.h"
+#include "core/thermostat.h"
 #include "cuda_arguments.h"
 #include "cuda_macros.h"
 
@@ -121,6 +122,32 @@ CTLD_DEVICE ChainStep step_of_chain(const StepArguments& a, uint32_t chain) {
                       s.prior[chain], chain & 1 ? odd : even, old_bias(s), a.constants);
 }
 
+// ------------------------------------------------------------------------------------- thermostats
+
+// The share of p that a chain at temperature T0 scale^2 keeps.
+template <Integrator integrator>
+CTLD_DEVICE double momentum_of(const StepArguments& a, uint32_t chain, uint32_t group, double scale) {
+  const double momentum = group_of(a, group).coefficients.momentum;
+  if (integrator == Integrator::kMomentumSgd || !a.thermostats) return momentum;
+  return damped_momentum(momentum, a.state.friction[chain * a.kinetic_sums + group], scale * scale);
+}
+
+// By the last block, after it has committed temperatures and kinetic energies.
+template <Integrator integrator>
+CTLD_DEVICE void commit_frictions(const StepArguments& a) {
+  const StatePointers& s = a.state;
+  const uint32_t count = static_cast<uint32_t>(a.chains) * a.kinetic_sums;
+  __syncthreads();
+  for (uint32_t i = thread(); i < count; i += kThreads) {
+    const uint32_t chain = i / a.kinetic_sums, group = i - chain * a.kinetic_sums;
+    const Friction friction = adapt_friction(
+        s.friction[i], s.kinetic[i], s.temperature[chain], a.group_elements[group],
+        group_of(a, group).coefficients.momentum, integrator == Integrator::kBaoab, a.constants);
+    s.friction[i] = friction.value;
+    if (friction.flags) raise_flags(a, friction.flags);
+  }
+}
+
 // ------------------------------------------------------------------------------------- committing
 
 CTLD_DEVICE void commit_chain(const StepArguments& a, uint32_t chain, const ChainStep& step) {
@@ -130,6 +157,7 @@ CTLD_DEVICE void commit_chain(const StepArguments& a, uint32_t chain, const Chai
   s.alpha_momentum[chain] = step.r;
   s.temperature[chain] = c.base_temperature * (step.scale * step.scale);
   s.settled[chain] = absolute(step.alpha) <= c.flat ? s.settled[chain] + 1 : 0;
+  s.turns[chain] = turns_after(s.turns[chain], step.alpha, c);
   if (step.flags) raise_flags(a, step.flags);
 }
 
@@ -208,8 +236,10 @@ CTLD_DEVICE void commit_chains(const StepArguments& a, const ChainStep* known) {
       commit_step_of_chain(a, chain, step_of_chain(a, chain));
     }
   }
+  for (uint32_t i = thread(); i < chains * a.kinetic_sums; i += kThreads) {
+    a.state.kinetic[i] = take(a.scratch.kinetic + i);
+  }
   for (uint32_t chain = thread(); chain < chains; chain += kThreads) {
-    a.state.kinetic[chain] = take(a.scratch.kinetic + chain);
     a.state.prior[chain] = take(a.scratch.prior + chain);
   }
   // before learning changes the tables that other threads still read

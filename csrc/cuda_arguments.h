@@ -47,7 +47,7 @@ struct GroupArguments {
 
 // Zero between steps, and touched by atomic operations only.
 struct Scratch {
-  int64_t* kinetic;   // per chain
+  int64_t* kinetic;   // per chain and thermostat
   int64_t* prior;     // per chain
   int64_t* bin_sums;  // bin_sums_length(bins)
   uint32_t* done;     // blocks that have finished
@@ -65,6 +65,8 @@ struct StepArguments {
   int64_t chains;
   const TableEntry* table;
   const uint32_t* first_chunk;  // of every table entry, and of one past the last
+  // with thermostats: elements of each group that one chain has
+  const double* group_elements;
   const void* loss;
   const float* grad_scale;  // null: 1
   const float* found_inf;   // null: 0
@@ -75,6 +77,8 @@ struct StepArguments {
   uint32_t chains_per_block;  // where blocks own whole chains
   uint32_t blocks;            // of all launches of this step together
   uint32_t groups;
+  uint32_t kinetic_sums;  // of each chain: one for each thermostat, or one
+  bool thermostats;
   bool live_rates;
   bool stochastic;
   // GroupArguments of all groups, then the addresses of the entries' gradients

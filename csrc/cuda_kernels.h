@@ -21,7 +21,8 @@ struct ChunkBlock {
   Rates rates[kMaxGroups];
   Task task;
   uint32_t entry, chunk, end;                  // where next_task goes on
-  uint32_t chain, last_chain;                  // of the task and of the one before
+  uint32_t chain;                              // of the task
+  uint32_t sum, last_sum;                      // its kinetic energy's, and that of the task before
   double scale, rescale;                       // of that chain
   ChainStep step;                              // likewise, with tempering
   int64_t kinetic[kThreads], prior[kThreads];  // of the threads; not in their registers between tasks
@@ -29,7 +30,7 @@ struct ChunkBlock {
   uint32_t more, is_last;
 };
 
-constexpr uint32_t kNoChain = ~0u;
+constexpr uint32_t kNone = ~0u;  // no chain or sum
 
 // Chunks of a block are consecutive, so that it rarely changes its chain.
 CTLD_DEVICE void start_share(const StepArguments& a, ChunkBlock& block) {
@@ -38,7 +39,7 @@ CTLD_DEVICE void start_share(const StepArguments& a, ChunkBlock& block) {
   block.chunk = begin;
   block.end = end < a.chunk_end ? end : a.chunk_end;
   block.entry = begin < block.end ? find_tensor(a.first_chunk + a.first_entry, a.entries, begin) : 0;
-  block.chain = kNoChain;
+  block.chain = block.sum = kNone;
 }
 
 template <Integrator integrator>
@@ -65,7 +66,7 @@ CTLD_DEVICE bool has_work(const StepArguments& a, const TableEntry& entry, const
 template <Purpose purpose, Integrator integrator>
 CTLD_DEVICE bool next_task(const StepArguments& a, ChunkBlock& block) {
   const uint32_t* first_chunk = a.first_chunk + a.first_entry;
-  block.last_chain = block.chain;
+  block.last_sum = block.sum;
   while (block.chunk < block.end) {
     const uint32_t chunk = block.chunk++;
     while (block.entry + 1 < a.entries && first_chunk[block.entry + 1] <= chunk) ++block.entry;
@@ -81,19 +82,24 @@ CTLD_DEVICE bool next_task(const StepArguments& a, ChunkBlock& block) {
     } else if (chain != block.chain) {
       enter_chain<integrator>(a, block, chain);
     }
+    block.sum = chain * a.kinetic_sums + (a.thermostats ? entry.group : 0);
     const uint64_t start = static_cast<uint64_t>(piece) * a.chunk_size;
     const uint64_t left = entry.chain_length - start;
     const uint64_t begin = chain * entry.chain_length + start;
     const uint64_t end = begin + (left < a.chunk_size ? left : a.chunk_size);
     const Rates rates = purpose == Purpose::kStep ? block.rates[entry.group] : Rates{0.0, 0.0};
-    make_task<integrator>(block.task, a, rates, entry, gradient, begin, end, block.scale, block.rescale);
+    const double momentum =
+        purpose == Purpose::kStep ? momentum_of<integrator>(a, chain, entry.group, block.scale) : 0.0;
+    make_task<integrator>(block.task, a, momentum, rates, entry, gradient, begin, end, block.scale,
+                          block.rescale);
     return true;
   }
   return false;
 }
 
-// Adds the sums of all threads to the chain's, and starts them anew.
-CTLD_DEVICE void flush(const StepArguments& a, ChunkBlock& block, uint32_t chain) {
+// Adds the sums of all threads to sum `sum` of kinetic energies and its chain's prior energy, and starts them
+// anew.
+CTLD_DEVICE void flush(const StepArguments& a, ChunkBlock& block, uint32_t sum) {
   const int64_t kinetic = warp_sum(block.kinetic[thread()]), prior = warp_sum(block.prior[thread()]);
   block.kinetic[thread()] = block.prior[thread()] = 0;
   if (thread() % 32 == 0) {
@@ -108,8 +114,8 @@ CTLD_DEVICE void flush(const StepArguments& a, ChunkBlock& block, uint32_t chain
       all[1] += block.warp_sums[1][w];
     }
     // before the first chain there is nothing to add
-    if (all[0]) add(a.scratch.kinetic + chain, all[0]);
-    if (all[1]) add(a.scratch.prior + chain, all[1]);
+    if (all[0]) add(a.scratch.kinetic + sum, all[0]);
+    if (all[1]) add(a.scratch.prior + sum / a.kinetic_sums, all[1]);
   }
   __syncthreads();
 }
@@ -134,13 +140,13 @@ CTLD_DEVICE void for_tasks(const StepArguments& a, ChunkBlock& block, const Visi
     if (thread() == 0) block.more = next_task<purpose, integrator>(a, block);
     __syncthreads();
     if (!block.more) break;
-    if (block.chain != block.last_chain) flush(a, block, block.last_chain);
+    if (block.sum != block.last_sum) flush(a, block, block.last_sum);
     const Sums sums = visit();
     if (integrator == Integrator::kMomentumSgd) continue;  // only told finite from not
     block.kinetic[thread()] += sums.kinetic.total;
     block.prior[thread()] += sums.prior.total;
   }
-  flush(a, block, block.chain);
+  flush(a, block, block.sum);
 }
 
 template <Integrator integrator, Format format>
@@ -155,7 +161,10 @@ CTLD_KERNEL step_chunks(const __grid_constant__ StepArguments a) {
   });
   if (!is_last_block(a, block.is_last)) return;
   const bool knows_all = a.chains == 1 && block.chain == 0;
-  if (integrator != Integrator::kMomentumSgd) commit_chains(a, knows_all ? &block.step : nullptr);
+  if (integrator != Integrator::kMomentumSgd) {
+    commit_chains(a, knows_all ? &block.step : nullptr);
+    if (a.thermostats) commit_frictions<integrator>(a);
+  }
   commit_step<integrator>(a);
 }
 
@@ -189,6 +198,7 @@ struct ChainBlock {
   double scale[kChainsPerBlock], rescale[kChainsPerBlock];
   // of the current tensor, in its precision
   alignas(8) unsigned char retain[kChainsPerBlock * 8], noise[kChainsPerBlock * 8];
+  alignas(8) unsigned char gradient[kChainsPerBlock * 8];
   int64_t kinetic[kChainsPerBlock], prior[kChainsPerBlock];
   int64_t bin_sums[3 * kSharedBins];
   uint32_t is_last;
@@ -225,6 +235,7 @@ struct ManyChains {
     }
     Coefficients<Real> c = coefficients_of(block.task, Real{});
     c.retain = reinterpret_cast<const Real*>(block.retain)[chain];
+    c.gradient = reinterpret_cast<const Real*>(block.gradient)[chain];
     c.noise = reinterpret_cast<const Real*>(block.noise)[chain];
     return c;
   }
@@ -297,8 +308,9 @@ CTLD_DEVICE void for_tensors(const StepArguments& a, ChainBlock& block, const Ow
       const TableEntry& entry = a.table[number];
       const Rates rates = purpose == Purpose::kStep ? block.rates[entry.group] : Rates{0.0, 0.0};
       const void* gradient = purpose == Purpose::kStep ? gradient_of(a, number) : nullptr;
-      make_task<integrator>(block.task, a, rates, entry, gradient, begin, begin + own.count * length, 1.0,
-                            1.0);
+      const double momentum = group_of(a, entry.group).coefficients.momentum;
+      make_task<integrator>(block.task, a, momentum, rates, entry, gradient, begin,
+                            begin + own.count * length, 1.0, 1.0);
     }
     __syncthreads();
     visit(static_cast<uint32_t>(length));
@@ -307,11 +319,13 @@ CTLD_DEVICE void for_tensors(const StepArguments& a, ChainBlock& block, const Ow
 }
 
 template <Integrator integrator, class Real>
-CTLD_DEVICE void fill_in_temperatures(const StepArguments& a, ChainBlock& block, const OwnChains& own) {
+CTLD_DEVICE void fill_in_temperatures(const StepArguments& a, ChainBlock& block, const OwnChains& own,
+                                      Rates rates) {
   const GroupCoefficients& g = group_of(a, block.task.group).coefficients;
   for (uint32_t i = thread(); i < own.count; i += kThreads) {
-    const auto c = coefficients_at<integrator, Real>(g, {0.0, 0.0}, block.scale[i], block.rescale[i]);
+    const auto c = coefficients_at<integrator, Real>(g, g.momentum, rates, block.scale[i], block.rescale[i]);
     reinterpret_cast<Real*>(block.retain)[i] = c.retain;
+    reinterpret_cast<Real*>(block.gradient)[i] = c.gradient;
     reinterpret_cast<Real*>(block.noise)[i] = c.noise;
   }
   __syncthreads();
@@ -327,7 +341,7 @@ CTLD_KERNEL step_chains(const __grid_constant__ StepArguments a) {
   start_chains(block);
   if (a.constants.bins) temper_own_chains(a, block, own);
   for_tensors<Purpose::kStep, integrator>(a, block, own, [&](uint32_t length) {
-    fill_in_temperatures<integrator, Real>(a, block, own);
+    fill_in_temperatures<integrator, Real>(a, block, own, block.rates[block.task.group]);
     ManyChains<Real> chains = {block, length};
     step_task<integrator, Storage>(a, block.task, chains);
     chains.leave();
@@ -350,7 +364,7 @@ CTLD_KERNEL prior_of_chains(const __grid_constant__ StepArguments a) {
     with_storage(block.task.format, [&](auto storage) {
       using Storage = decltype(storage);
       using Real = typename Storage::Real;
-      fill_in_temperatures<Integrator::kEuler, Real>(a, block, own);
+      fill_in_temperatures<Integrator::kEuler, Real>(a, block, own, {0.0, 0.0});
       ManyChains<Real> chains = {block, length};
       sum_prior<Storage>(a, block.task, chains);
       chains.leave();

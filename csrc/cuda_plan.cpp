@@ -28,9 +28,9 @@ uint32_t chunk_size_for(uint64_t elements, uint32_t blocks) {
 }  // namespace
 
 CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
-                   const StatePointers& state, uint64_t seed, bool stochastic, double num_data,
-                   uint32_t max_blocks)
-    : max_blocks_(max_blocks), arguments_() {
+                   const StatePointers& state, uint64_t seed, bool stochastic,
+                   std::vector<double> group_elements, double num_data, uint32_t max_blocks)
+    : group_elements_(std::move(group_elements)), max_blocks_(max_blocks), arguments_() {
   order_.resize(tensors.size());
   std::iota(order_.begin(), order_.end(), 0u);
   std::stable_sort(order_.begin(), order_.end(),
@@ -51,6 +51,8 @@ CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temper
   a.num_data = num_data;
   a.chains = chains;
   a.stochastic = stochastic;
+  a.thermostats = !group_elements_.empty();
+  a.kinetic_sums = a.thermostats ? static_cast<uint32_t>(group_elements_.size()) : 1;
   a.chunk_size = chunk_size_for(elements, max_blocks_);
   const auto fair_chains = divide_up<int64_t>(chains, max_blocks_);
   // a multiple of the noise group, so that blocks share no group
@@ -66,14 +68,15 @@ CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temper
 
 std::size_t CudaPlan::scratch_bytes() const {
   const auto sums = static_cast<std::size_t>(bin_sums_length(arguments_.constants.bins));
-  return (2 * static_cast<std::size_t>(arguments_.chains) + 2 * sums + 1) * sizeof(int64_t);
+  const auto per_chain = static_cast<std::size_t>(arguments_.kinetic_sums + 1);
+  return (per_chain * static_cast<std::size_t>(arguments_.chains) + 2 * sums + 1) * sizeof(int64_t);
 }
 
 void CudaPlan::use_scratch(void* memory) {
   auto* at = static_cast<int64_t*>(memory);
   const int64_t sums = bin_sums_length(arguments_.constants.bins);
   arguments_.scratch.kinetic = at;
-  arguments_.scratch.prior = at += arguments_.chains;
+  arguments_.scratch.prior = at += arguments_.chains * arguments_.kinetic_sums;
   arguments_.scratch.bin_sums = at += arguments_.chains;
   arguments_.learned = at += sums;
   arguments_.scratch.done = reinterpret_cast<uint32_t*>(at + sums);
@@ -96,16 +99,21 @@ std::vector<unsigned char> CudaPlan::table_of(const std::vector<TensorPointers>&
     entries.push_back(entry);
   }
   const std::size_t entry_bytes = entries.size() * sizeof(TableEntry);
+  const std::size_t group_bytes = group_elements_.size() * sizeof(double);
   const std::size_t chunk_bytes = first_chunk_.size() * sizeof(uint32_t);
-  std::vector<unsigned char> image(entry_bytes + chunk_bytes);
-  if (entry_bytes) std::memcpy(image.data(), entries.data(), entry_bytes);
-  std::memcpy(image.data() + entry_bytes, first_chunk_.data(), chunk_bytes);
+  std::vector<unsigned char> image(entry_bytes + group_bytes + chunk_bytes);
+  unsigned char* to = image.data();
+  if (entry_bytes) std::memcpy(to, entries.data(), entry_bytes);
+  if (group_bytes) std::memcpy(to + entry_bytes, group_elements_.data(), group_bytes);
+  std::memcpy(to + entry_bytes + group_bytes, first_chunk_.data(), chunk_bytes);
   return image;
 }
 
 void CudaPlan::use_table(const void* memory) {
   arguments_.table = static_cast<const TableEntry*>(memory);
-  arguments_.first_chunk = reinterpret_cast<const uint32_t*>(arguments_.table + tensors_.size());
+  arguments_.group_elements = reinterpret_cast<const double*>(arguments_.table + tensors_.size());
+  arguments_.first_chunk =
+      reinterpret_cast<const uint32_t*>(arguments_.group_elements + group_elements_.size());
 }
 
 void CudaPlan::prepare(const CudaStep& step) {
@@ -135,10 +143,12 @@ void CudaPlan::put_gradients(const std::vector<const void*>& gradients, uint32_t
   for (uint32_t i = 0; i < count; ++i) to[i] = gradients[order_[first + i]];
 }
 
-// Whole chains if that occupies all blocks; it needs all tensors in one launch, which must be of one format.
+// Whole chains if that occupies all blocks; it needs all tensors in one launch, which must be of one format,
+// and chains whose groups all keep the same share of their momenta from step to step.
 bool CudaPlan::owns_chains() const {
   const StepArguments& a = arguments_;
-  if (a.chains == 1 || a.chains < static_cast<int64_t>(max_blocks_) || tensors_.empty()) return false;
+  if (a.thermostats || a.chains == 1 || a.chains < static_cast<int64_t>(max_blocks_) || tensors_.empty())
+    return false;
   const Format format = tensors_.front().format;
   const bool alike = format == tensors_.back().format;
   const bool supported = format == Format::kFloat32 || format == Format::kFloat64;

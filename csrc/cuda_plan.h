@@ -27,10 +27,12 @@ struct CudaQueue {
 
 class CudaPlan {
  public:
-  // The work is shared by at most `max_blocks` blocks.
+  // The work is shared by at most `max_blocks` blocks. `group_elements`: with thermostats, the elements of
+  // each parameter group that one chain has; otherwise empty.
   // Throws std::invalid_argument if there are more than kMaxGroups groups.
   CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
-           const StatePointers& state, uint64_t seed, bool stochastic, double num_data, uint32_t max_blocks);
+           const StatePointers& state, uint64_t seed, bool stochastic, std::vector<double> group_elements,
+           double num_data, uint32_t max_blocks);
 
   // Device memory for use_scratch(): this many bytes, zero at first, and left alone afterwards.
   std::size_t scratch_bytes() const;
@@ -64,6 +66,7 @@ class CudaPlan {
   std::vector<TensorInfo> tensors_;  // in the order of the table: by format
   std::vector<uint32_t> order_;      // where they came from
   std::vector<uint32_t> first_chunk_;
+  std::vector<double> group_elements_;
   uint32_t max_blocks_;
   uint64_t longest_chain_ = 0;
   StepArguments arguments_;

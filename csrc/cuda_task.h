@@ -31,10 +31,12 @@ struct Task {
 template <class Parameter>
 constexpr uint32_t kUnit = sizeof(Parameter) == 2 ? 8 : 4;
 
-// The task for elements [begin, end) of a tensor whose chain is at temperature T0 scale^2.
+// The task for elements [begin, end) of a tensor whose chain is at temperature T0 scale^2 and keeps
+// `momentum` of p.
 template <Integrator integrator>
-CTLD_DEVICE void make_task(Task& task, const StepArguments& a, Rates rates, const TableEntry& entry,
-                           const void* gradient, uint64_t begin, uint64_t end, double scale, double rescale) {
+CTLD_DEVICE void make_task(Task& task, const StepArguments& a, double momentum, Rates rates,
+                           const TableEntry& entry, const void* gradient, uint64_t begin, uint64_t end,
+                           double scale, double rescale) {
   const auto format = static_cast<Format>(entry.format);
   const uint32_t bytes = parameter_bytes(format), unit = bytes == 2 ? 8 : 4;
   const uint64_t origin = begin - begin % unit;
@@ -53,8 +55,8 @@ CTLD_DEVICE void make_task(Task& task, const StepArguments& a, Rates rates, cons
   task.decay = decay_of(g);
   task.unscale_twice = unscale_factor(a);
   task.unscale_single = static_cast<float>(task.unscale_twice);
-  task.single = coefficients_at<integrator, float>(g, rates, scale, rescale);
-  task.twice = coefficients_at<integrator, double>(g, rates, scale, rescale);
+  task.single = coefficients_at<integrator, float>(g, momentum, rates, scale, rescale);
+  task.twice = coefficients_at<integrator, double>(g, momentum, rates, scale, rescale);
 }
 
 CTLD_DEVICE const Coefficients<float>& coefficients_of(const Task& task, float) { return task.single; }

@@ -26,7 +26,9 @@ struct TensorPointers {
 struct StatePointers {
   int64_t *step, *samples, *flags;
   double *alpha, *alpha_momentum, *temperature;
-  int64_t *settled, *kinetic, *prior, *visits;
+  int64_t *settled, *turns, *kinetic;
+  double* friction;
+  int64_t *prior, *visits;
   double *energy_mean, *energy_spread, *hills, *alpha_kinetic;
 };
 

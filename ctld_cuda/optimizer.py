@@ -70,6 +70,9 @@ class CTLD(Optimizer):
         momentum_dtype: torch.bfloat16 stores the momenta of bfloat16 parameters in bfloat16, 4 bytes of
             memory and traffic less per parameter; None: in float32. float64 parameters have float64
             momenta, all others float32.
+        thermostat: absorb the heat of noisy gradients: a Nose-Hoover thermostat for each parameter group
+            (SGNHT; Ding et al. 2014) adds friction until the parameters are sampled at the temperature asked
+            for. Needs momentum > 0. Off by default, because exact gradients need none.
 
     A learning rate that is a tensor on the GPU is read by the GPU, so a captured CUDA graph follows it. With
     ``torch.amp.GradScaler`` call ``scaler.step(optimizer, loss=loss)`` with the unscaled loss: the kernel
@@ -101,7 +104,9 @@ class CTLD(Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool = True,
         momentum_dtype: torch.dtype | None = None,
+        thermostat: bool = False,
     ) -> None:
+        validation.flag("thermostat", thermostat)
         validation.rounding(stochastic_rounding, momentum_dtype)
         validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
         self.num_data = float(num_data)
@@ -113,6 +118,7 @@ class CTLD(Optimizer):
         self.seed = seed
         self.stochastic_rounding = stochastic_rounding
         self.momentum_dtype = momentum_dtype
+        self.thermostat = thermostat
         self.phase = EXPLORE if temperature > 0 else FINETUNE
         self._backend_name = backend
         self._explored = 0
@@ -125,7 +131,7 @@ class CTLD(Optimizer):
         super().__init__(params, defaults | dict(momentum_unit=None, last_lr=None))
         self._backend_name = backends.choose(backend, self._device)
         self._constants = self._resolve()
-        self._sampler = State.initial(chains or 1, self._constants.bins, self.temperature, self._device)
+        self._sampler = self._initial_state(self._constants.bins)
 
     # ------------------------------------------------------------------------------- construction
 
@@ -145,20 +151,30 @@ class CTLD(Optimizer):
             validation.parameters(list(tensors), self._device if groups else None, self.chains)
             options = {**self.defaults, **param_group}
             validation.hyper_parameters(options)
+            validation.thermostat(self.thermostat, options["momentum"])
             if self.tempering is not None and any(g["maximize"] != options["maximize"] for g in groups):
                 raise ValueError("with tempering all groups must agree on maximize: there is one energy")
         super().add_param_group(param_group)
         self._forget_derived()
         if self._sampler is not None:
             self._constants = self._resolve()
+            if self.thermostat:
+                self._sampler.add_thermostat()
+
+    def _initial_state(self, bins: int) -> State:
+        thermostats = len(self.param_groups) if self.thermostat else 0
+        return State.initial(self.chains or 1, bins, self.temperature, self._device, thermostats)
+
+    def _trainable(self, groups: Iterable[dict[str, Any]]) -> float:
+        """Trainable elements of one chain."""
+        return sum(p.numel() for g in groups for p in g["params"] if p.requires_grad) / (self.chains or 1)
 
     @property
     def _device(self) -> torch.device:
         return self.param_groups[0]["params"][0].device
 
     def _resolve(self) -> TemperingConstants:
-        trainable = sum(p.numel() for g in self.param_groups for p in g["params"] if p.requires_grad)
-        self._dimension = trainable / (self.chains or 1)
+        self._dimension = self._trainable(self.param_groups)
         hypers = [validation.hyper_parameters(g) for g in self.param_groups]
         return resolve(
             self.tempering,
@@ -193,7 +209,14 @@ class CTLD(Optimizer):
                 )
                 self.state[p]["momentum_buffer"] = slot.momentum
                 self._slots.append(slot)
-        settings = Settings(self.seed, self.integrator, self.stochastic_rounding, self.num_data)
+        elements = [max(self._trainable([group]), 1.0) for group in self.param_groups]
+        settings = Settings(
+            self.seed,
+            self.integrator,
+            self.stochastic_rounding,
+            self.num_data,
+            tuple(elements) if self.thermostat else (),
+        )
         self._backend = backends.create(
             self._backend_name, self._slots, self._sampler, self._constants, settings
         )
@@ -227,6 +250,8 @@ class CTLD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         hypers = [validation.hyper_parameters(group, self._live_on) for group in self.param_groups]
+        for _, momentum, _ in hypers:
+            validation.thermostat(self.thermostat, momentum)
         self._check_capture()
         if self.phase == EXPLORE and self._explored == self.explore_steps:
             self.finetune()
@@ -347,7 +372,10 @@ class CTLD(Optimizer):
             Per chain, shape (C,) or () without chains: ``alpha``, ``alpha_momentum``, ``temperature``
             (0 once the noise is off), ``at_target`` (bool: the current parameters count as a draw
             from the target), ``kinetic_temperature`` (mean squared momentum of the last sampling step;
-            compare with ``temperature``). Per bin of |alpha|, shape (bins,), or (0,) without
+            compare with ``temperature``), ``round_trips`` (of alpha, from the window to the hottest bin and
+            back). Per chain and parameter group, shape (C, G) or (G,), (C, 0) or (0,) without a thermostat:
+            ``friction``, what the thermostats add, in units of a share of the momentum per step at
+            T = T0. Per bin of |alpha|, shape (bins,), or (0,) without
             tempering: ``visits``, ``bias`` and ``bin_centers``, and ``free_energy`` and
             ``free_energy_histogram``, two estimates of ln Z(beta)/Z(1) (NaN if standardized). Shape ():
             ``alpha_kinetic_temperature`` (mean of alpha_momentum**2 over the run; 1 if alpha is thermal)
@@ -360,13 +388,15 @@ class CTLD(Optimizer):
 
         in_window = state.alpha.abs() <= c.flat
         sampling = torch.full_like(in_window, self.phase == EXPLORE)
-        kinetic = state.kinetic.double() * (2.0 * 2.0**-c.kinetic_exponent / max(self._dimension, 1.0))
+        kinetic = state.kinetic.sum(1).double() * (2.0 * 2.0**-c.kinetic_exponent / max(self._dimension, 1.0))
         result = {
             "alpha": per_chain(state.alpha),
             "alpha_momentum": per_chain(state.alpha_momentum),
             "temperature": per_chain(state.temperature),
             "at_target": per_chain(in_window & (state.settled >= c.settle) & sampling),
             "kinetic_temperature": per_chain(kinetic),
+            "round_trips": per_chain(state.turns // 2),
+            "friction": per_chain(state.friction),
             "alpha_kinetic_temperature": state.alpha_kinetic,
             "visits": state.visits,
             "flags": state.flags,
@@ -407,6 +437,7 @@ class CTLD(Optimizer):
             "tempering": tempering,
             "stochastic_rounding": self.stochastic_rounding,
             "momentum_dtype": self.momentum_dtype,
+            "thermostat": self.thermostat,
         }
 
     def _sampler_dict(self) -> dict[str, Any]:
@@ -545,6 +576,7 @@ class CTLD(Optimizer):
                         "chains",
                         "stochastic_rounding",
                         "momentum_dtype",
+                        "thermostat",
                     )
                 },
                 "backend": self._backend_name,
@@ -561,5 +593,5 @@ class CTLD(Optimizer):
         self._backend_name = own["backend"]
         tensors = own["sampler"]["tensors"]
         bins = tensors["visits"].numel()
-        self._sampler = State.initial(self.chains or 1, bins, self.temperature, self._device)
+        self._sampler = self._initial_state(bins)
         self._load_sampler(own["sampler"])

@@ -21,6 +21,7 @@ import torch
 from .layout import FlatTensor
 from .state import (
     ENERGY_OUT_OF_RANGE,
+    FRICTION_SATURATED,
     KINETIC_SATURATED,
     NONFINITE_ENERGY,
     NONFINITE_PARAMETER,
@@ -412,10 +413,68 @@ def temper(loss: Tensor, state: State, c: TemperingConstants, seed: int) -> tupl
     state.temperature.copy_(c.base_temperature * (scale * scale))
     in_window = alpha.abs() <= c.flat
     state.settled.copy_(torch.where(in_window, state.settled + 1, 0))
+    # turns is even after the window, odd after the hottest bin
+    state.turns += torch.where(state.turns & 1 == 0, bin_of(alpha, c) == c.bins - 1, in_window)
     _raise_flag(state, NONFINITE_ENERGY, (~finite).any())
     _raise_flag(state, ENERGY_OUT_OF_RANGE, (finite & ~usable).any())
     learn_bias(usable, energy, state, c)
     return scale, rescale
+
+
+# ---------------------------------------------------------------------------------------- thermostat
+
+# squared frequency of the friction's motion, in units of (1-mu)^2: just overdamped by the momenta. Less in
+# groups of few elements, whose kinetic energies fluctuate: the friction stays within (1-mu)/8 of its mean
+THERMOSTAT_RATE, THERMOSTAT_ELEMENTS = 0.5, 32.0
+# the noise of an estimate that is still believed, in standard deviations
+THERMOSTAT_TRUST = 20.0
+# the factor on p must stay below 1, and the momenta must still tell how much noise there is
+LOWEST_FRICTION, HIGHEST_FRICTION = -0.5, 4.0
+
+
+def damped_momentum(momentum: float, friction: Tensor, relative_temperature: Tensor) -> Tensor:
+    """mu' = mu / (1 + w T0/T): the share of p kept per step, with the thermostat's friction w."""
+    return torch.full_like(friction, momentum) / (friction / relative_temperature + 1.0)
+
+
+def balanced_kinetic(momentum: float, damped: Tensor, integrator: str) -> Tensor:
+    """The mean of p^2/T at which theta is sampled at T, whatever part of it comes from noisy gradients.
+
+    baoab: p keeps mu'^2 of what a kick adds, theta feels (1+mu')^2/4 of it, both on top of
+    (1-mu^2)/(1-mu'^2) from the noise that is injected. euler: theta is at (1+mu')/(2c^2) of the
+    temperature of p.
+    """
+    if integrator == "euler":
+        return torch.full_like(damped, 1.0 + momentum) / (damped + 1.0)
+    injected = torch.full_like(damped, 1.0 - momentum * momentum) / (1.0 - damped * damped)
+    share = 2.0 * damped / (damped + 1.0)
+    return injected + (1.0 - injected) * (share * share)
+
+
+def adapt_friction(groups: Sequence[Coefficients], state: State, c: TemperingConstants, settings: Settings):
+    """Nose-Hoover thermostats (SGNHT; Ding et al. 2014), one per parameter group and chain.
+
+    w <- w + omega^2 (T0/T) (mean of p^2/T - :func:`balanced_kinetic`), with the momenta of this step and
+    their T, and omega^2 = (1-mu)^2/2 min(1, n/32), n the elements of the group. Taking w T0/T for the
+    friction, and this T0/T, makes the stationary law of w independent of alpha: the extended density is
+    multiplied by exp(-n (w - w_0)^2 / (2 omega^2)), with w_0 the friction that the gradients' noise needs.
+    """
+    temperature = state.temperature
+    relative = temperature / torch.full_like(temperature, c.base_temperature)
+    for g, (group, elements) in enumerate(zip(groups, settings.group_elements, strict=True)):
+        mu, w = group.momentum, state.friction[:, g]
+        mean_square = state.kinetic[:, g].double() * (2.0 * 2.0**-c.kinetic_exponent / elements)
+        damped = damped_momentum(mu, w, relative)
+        heat = mean_square / temperature - balanced_kinetic(mu, damped, settings.integrator)
+        # the first gradients of a run can be thousands of times hotter: do not overshoot
+        bound = 1.0 + THERMOSTAT_TRUST * math.sqrt(2.0 / elements)
+        heat = torch.where(heat > bound, bound, torch.where(heat < -bound, -bound, heat))
+        rate = THERMOSTAT_RATE * min(1.0, elements / THERMOSTAT_ELEMENTS) * (1.0 - mu) * (1.0 - mu)
+        w = w + rate * heat / relative
+        lowest = LOWEST_FRICTION * (1.0 - mu)
+        _raise_flag(state, FRICTION_SATURATED, (w > HIGHEST_FRICTION).any())
+        w = torch.where(w > HIGHEST_FRICTION, HIGHEST_FRICTION, torch.where(w < lowest, lowest, w))
+        state.friction[:, g] = w
 
 
 # ---------------------------------------------------------------------------- motion of the parameters
@@ -425,13 +484,15 @@ class Settings(NamedTuple):
     """What stays the same for all steps of one optimizer.
 
     ``seed``: 64-bit seed of the noise. ``integrator``: "baoab" or "euler". ``stochastic_rounding``: of what
-    is stored in bfloat16; otherwise to nearest. ``num_data``: N.
+    is stored in bfloat16; otherwise to nearest. ``num_data``: N. ``group_elements``: with thermostats, the
+    elements of each parameter group that one chain has; otherwise empty.
     """
 
     seed: int
     integrator: str
     stochastic_rounding: bool
     num_data: float
+    group_elements: tuple[float, ...] = ()
 
 
 class Coefficients(NamedTuple):
@@ -502,6 +563,18 @@ def finetune_coefficients(
 def decayed_gradient(theta: Tensor, gradient: Tensor, weight_decay: Tensor) -> Tensor:
     """g + lambda theta."""
     return gradient + weight_decay * theta
+
+
+def whole_kick(momentum: Tensor, rescale: Tensor, integrator: str) -> Tensor:
+    """The kick of a step in units of k, after the temperature has changed by rescale^2.
+
+    What is independent of theta, and so must follow the temperature, is not p: that is a part of a kick
+    early. baoab: p - k/2 g; multiplied by s = rescale, and with the other half of the kick, it becomes
+    s p - (1+s)/2 k g. euler: p - k/(1+mu) g; after friction and kick mu s p - (1 + mu (s-1)/(1+mu)) k g.
+    """
+    if integrator == "euler":
+        return momentum * (rescale - 1.0) / (momentum + 1.0) + 1.0
+    return 0.5 * (rescale + 1.0)
 
 
 def baoab(theta, p, gradient, xi, *, retain, k, mu, s, drift):
@@ -578,9 +651,12 @@ def explore_tensor(flat, coefficients, scale, rescale, state, c, settings, unsca
     chains = scale.numel()
     theta = flat.theta.to(compute_dtype(flat.theta)).view(chains, -1)
     p = flat.momentum.to(theta.dtype).view(chains, -1)
-    k, mu, drift = (
-        _scalar(v, theta) for v in (coefficients.gradient, coefficients.momentum, coefficients.drift)
-    )
+    drift = _scalar(coefficients.drift, theta)
+    momentum = torch.full_like(scale, coefficients.momentum)
+    if settings.group_elements:
+        momentum = damped_momentum(coefficients.momentum, state.friction[:, flat.group], scale * scale)
+    k = coefficients.gradient * whole_kick(momentum, rescale, settings.integrator)
+    k = k.to(theta.dtype).view(-1, 1)
     s = (coefficients.noise * scale).to(theta.dtype).view(-1, 1)
     xi = normal(settings.seed, state.step, STREAM_PARAMETERS, flat.index, theta.numel(), theta.device)
     xi = xi.to(theta.dtype).view_as(theta)
@@ -589,9 +665,10 @@ def explore_tensor(flat, coefficients, scale, rescale, state, c, settings, unsca
         g = decayed_gradient(theta, g, _scalar(coefficients.weight_decay, theta))
     if settings.integrator == "baoab":
         retain = rescale.to(theta.dtype).view(-1, 1)
+        mu = momentum.to(theta.dtype).view(-1, 1)
         theta, p = baoab(theta, p, g, xi, retain=retain, k=k, mu=mu, s=s, drift=drift)
     else:
-        retain = (coefficients.momentum * rescale).to(theta.dtype).view(-1, 1)
+        retain = (momentum * rescale).to(theta.dtype).view(-1, 1)
         theta, p = euler(theta, p, g, xi, retain=retain, k=k, s=s, drift=drift)
     store(flat, theta, p, state, settings)
     add_kinetic_energy(flat, state, c)
@@ -600,10 +677,10 @@ def explore_tensor(flat, coefficients, scale, rescale, state, c, settings, unsca
 
 def add_kinetic_energy(flat: FlatTensor, state: State, c: TemperingConstants) -> None:
     """1/2 p^2 per element of the stored (rounded) momenta, in quanta of 2**-s nats."""
-    chains = state.kinetic.numel()
+    chains, sums = state.kinetic.shape
     p = flat.momentum.to(compute_dtype(flat.momentum))
     energy, saturated = half_square_quanta(p, _scalar(2.0 ** (c.kinetic_exponent - 1), p).view(()), chains)
-    state.kinetic += energy
+    state.kinetic[:, flat.group if sums > 1 else 0] += energy
     _raise_flag(state, KINETIC_SATURATED, saturated)
     _raise_flag(state, NONFINITE_PARAMETER, ~torch.isfinite(p).all())
 
@@ -634,7 +711,7 @@ def explore(
     settings: Settings,
     unscale: Tensor | None = None,
 ) -> None:
-    """One sampling step: first alpha (with tempering), then every parameter at the new temperature.
+    """One sampling step: alpha (with tempering), every parameter at the new temperature, the thermostats.
 
     ``loss`` is float64 (C,); ``state.prior`` holds the prior energy of the current parameters; gradients
     are multiplied by ``unscale``, float64 (), if given.
@@ -647,6 +724,8 @@ def explore(
     state.prior.zero_()
     for flat in flats:
         explore_tensor(flat, groups[flat.group], scale, rescale, state, c, settings, unscale)
+    if settings.group_elements:
+        adapt_friction(groups, state, c, settings)
     state.step += 1
 
 

@@ -12,6 +12,7 @@ KINETIC_SATURATED = 4
 PRIOR_SATURATED = 8
 ENERGY_OUT_OF_RANGE = 16
 INVALID_RATE = 32
+FRICTION_SATURATED = 64
 
 FLAG_MEANINGS = {
     NONFINITE_ENERGY: "a loss was not finite: alpha and the bias ignored that step of that chain",
@@ -20,12 +21,16 @@ FLAG_MEANINGS = {
     PRIOR_SATURATED: "a parameter was too large for the prior-energy sum: the energy is too low",
     ENERGY_OUT_OF_RANGE: "an energy was too large to steer alpha: alpha and the bias ignored that step",
     INVALID_RATE: "a learning rate on the device was negative or not finite: that step was left out",
+    FRICTION_SATURATED: "the noise of the gradients is more than the thermostat's friction can absorb: "
+    "use larger batches or a smaller lr",
 }
 
 
 @dataclass
 class State:
-    """Device tensors, written in place by every step; C chains (1 without chains), B bins.
+    """Device tensors, written in place by every step; C chains (1 without chains), B bins, G thermostats.
+
+    With thermostat=True there is one thermostat for each parameter group, otherwise none.
 
     Attributes:
         step: steps done, int64 (); the noise counter.
@@ -34,7 +39,9 @@ class State:
         alpha, alpha_momentum: the tempering coordinate and its momentum, float64 (C,).
         temperature: T(alpha), float64 (C,); 0 once the noise is off.
         settled: consecutive steps in the window |alpha| <= flat, int64 (C,).
-        kinetic: kinetic energy in quanta, int64 (C,).
+        turns: alternating arrivals at the hottest bin and in the window, int64 (C,); a round trip is two.
+        kinetic: kinetic energy in quanta, int64 (C, G), without thermostats (C, 1): of all groups together.
+        friction: of the thermostats, float64 (C, G).
         prior: prior energy of the current parameters in quanta, int64 (C,).
         visits: alpha-histogram, int64 (B,).
         energy_mean: mean energy per bin in nats, float64 (B,); unvisited bins copy the nearest.
@@ -50,7 +57,9 @@ class State:
     alpha_momentum: torch.Tensor
     temperature: torch.Tensor
     settled: torch.Tensor
+    turns: torch.Tensor
     kinetic: torch.Tensor
+    friction: torch.Tensor
     prior: torch.Tensor
     visits: torch.Tensor
     energy_mean: torch.Tensor
@@ -59,7 +68,9 @@ class State:
     alpha_kinetic: torch.Tensor
 
     @classmethod
-    def initial(cls, chains: int, bins: int, temperature: float, device: torch.device) -> State:
+    def initial(
+        cls, chains: int, bins: int, temperature: float, device: torch.device, thermostats: int = 0
+    ) -> State:
         """alpha = 0 and at rest, T = T0, nothing learned."""
 
         def integers(*shape: int) -> torch.Tensor:
@@ -76,7 +87,9 @@ class State:
             alpha_momentum=reals(chains),
             temperature=reals(chains).fill_(temperature),
             settled=integers(chains),
-            kinetic=integers(chains),
+            turns=integers(chains),
+            kinetic=integers(chains, thermostats or 1),
+            friction=reals(chains, thermostats),
             prior=integers(chains),
             visits=integers(bins),
             energy_mean=reals(bins),
@@ -84,6 +97,11 @@ class State:
             hills=reals(bins),
             alpha_kinetic=reals(),
         )
+
+    def add_thermostat(self) -> None:
+        """Makes room for another parameter group's thermostat, at rest."""
+        self.kinetic = torch.nn.functional.pad(self.kinetic, (0, 1))
+        self.friction = torch.nn.functional.pad(self.friction, (0, 1))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors themselves, by name."""

@@ -172,8 +172,20 @@ def loss(value: Any, chains: int | None, device: torch.device) -> Tensor:
     return value.detach().to(device=device, dtype=dtype).reshape(-1).contiguous()
 
 
+def thermostat(wanted: bool, momentum: float) -> None:
+    if wanted and momentum == 0:
+        raise ValueError(
+            "thermostat=True needs momentum > 0: what the momenta keep of the gradients' noise shows how "
+            "strong it is"
+        )
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def rounding(stochastic_rounding: Any, momentum_dtype: Any) -> None:
-    if not isinstance(stochastic_rounding, bool):
-        raise TypeError(f"stochastic_rounding must be True or False, got {stochastic_rounding!r}")
+    flag("stochastic_rounding", stochastic_rounding)
     if momentum_dtype not in (None, torch.bfloat16):
         raise ValueError(f"momentum_dtype must be None or torch.bfloat16, got {momentum_dtype!r}")

@@ -55,15 +55,25 @@ CTLD_HD Decay decay_of(const GroupCoefficients& g) {
   return g.weight_decay != 0.0 ? Decay::kGradient : Decay::kNone;
 }
 
-// At temperature T0 scale^2, with momenta to be multiplied by `rescale`; each number rounded once.
+// The kick of a step, in units of a whole one, after the temperature has changed by rescale^2: part of it
+// belongs before the change. Mirrors whole_kick in ctld_cuda/reference.py.
+template <Integrator integrator>
+CTLD_HD double whole_kick(double momentum, double rescale) {
+  if (integrator == Integrator::kBaoab) return 0.5 * (rescale + 1.0);
+  if (integrator == Integrator::kEuler) return momentum * (rescale - 1.0) / (momentum + 1.0) + 1.0;
+  return 1.0;
+}
+
+// At temperature T0 scale^2, with momenta to be multiplied by `rescale` and the friction of `momentum`, which
+// is the group's own without a thermostat; each number rounded once.
 template <Integrator integrator, class Real>
-CTLD_HD Coefficients<Real> coefficients_at(const GroupCoefficients& g, Rates rates, double scale,
-                                           double rescale) {
-  const double retain = integrator == Integrator::kBaoab ? rescale : g.momentum * rescale;
-  return {static_cast<Real>(retain),          static_cast<Real>(rates.gradient),
-          static_cast<Real>(rates.drift),     static_cast<Real>(g.momentum),
-          static_cast<Real>(g.noise * scale), static_cast<Real>(g.weight_decay),
-          static_cast<Real>(g.kinetic),       static_cast<Real>(g.prior)};
+CTLD_HD Coefficients<Real> coefficients_at(const GroupCoefficients& g, double momentum, Rates rates,
+                                           double scale, double rescale) {
+  const double retain = integrator == Integrator::kBaoab ? rescale : momentum * rescale;
+  const double gradient = rates.gradient * whole_kick<integrator>(momentum, rescale);
+  return {static_cast<Real>(retain),    static_cast<Real>(gradient),        static_cast<Real>(rates.drift),
+          static_cast<Real>(momentum),  static_cast<Real>(g.noise * scale), static_cast<Real>(g.weight_decay),
+          static_cast<Real>(g.kinetic), static_cast<Real>(g.prior)};
 }
 
 // Quanta of p^2/2 before truncation. Without noise the kinetic coefficient is 0: the product then only tells

@@ -14,6 +14,7 @@ constexpr int64_t kKineticSaturated = 4;
 constexpr int64_t kPriorSaturated = 8;
 constexpr int64_t kEnergyOutOfRange = 16;
 constexpr int64_t kInvalidRate = 32;
+constexpr int64_t kFrictionSaturated = 64;
 
 struct TemperingConstants {
   double base_temperature, energy_scale, scale_range, flat, limit, inverse_ramp, inverse_bin_width;
@@ -206,6 +207,12 @@ CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prio
     step.visit.r_square = quanta(step.r * step.r * 0x1p+20);
   }
   return step;
+}
+
+// Even after the window, odd after the hottest bin.
+CTLD_HD int64_t turns_after(int64_t turns, double alpha, const TemperingConstants& c) {
+  const bool arrived = turns % 2 == 0 ? bin_of(alpha, c) == c.bins - 1 : absolute(alpha) <= c.flat;
+  return turns + (arrived ? 1 : 0);
 }
 
 // ------------------------------------------------------------------------------------ learning the bias

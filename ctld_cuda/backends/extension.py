@@ -37,4 +37,5 @@ def plan_arguments(
     infos = [(s.parameter.numel(), s.index, s.group, _FORMATS[s.dtype, s.momentum.dtype]) for s in slots]
     numbers = dataclasses.asdict(constants) | {"coupling": _COUPLINGS[constants.coupling]}
     chains = state.alpha.numel()
-    return infos, chains, numbers, state.addresses(), settings.seed, settings.stochastic_rounding
+    options = settings.seed, settings.stochastic_rounding, settings.group_elements
+    return infos, chains, numbers, state.addresses(), *options
