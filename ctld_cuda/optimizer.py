@@ -363,6 +363,23 @@ class CTLD(Optimizer):
             self.phase = FINETUNE
             self._sampler.temperature.zero_()
 
+    def set_energy_noise(self, noise: float) -> None:
+        """Replaces ``tempering.energy_noise`` from now on; see :class:`ctld_cuda.energy.EnergyGate`.
+
+        A captured CUDA graph keeps the old value: capture again.
+
+        Args:
+            noise: standard deviation of the minibatch noise in the energy, in nats; 0: none is known.
+
+        Raises:
+            ValueError: without the exact coupling, or if ``noise`` is negative or not finite.
+        """
+        if self.tempering is None:
+            raise ValueError("without tempering there is no alpha for the energy's noise to heat")
+        self.tempering = dataclasses.replace(self.tempering, energy_noise=noise)
+        self._constants = dataclasses.replace(self._constants, energy_noise=float(noise))
+        self._slots = self._backend = None
+
     # ---------------------------------------------------------------------------------- reporting
 
     def tempering_state(self) -> dict[str, Tensor]:
@@ -428,6 +445,7 @@ class CTLD(Optimizer):
         """What must agree between the optimizer that saved a state and the one that loads it."""
         tempering = self.tempering and dataclasses.asdict(self.tempering)
         if tempering:
+            del tempering["energy_noise"]  # a measured number, saved with the constants
             tempering["bias_type"] = type(self.tempering.bias).__name__
         return {
             "num_data": self.num_data,
@@ -556,6 +574,8 @@ class CTLD(Optimizer):
     def _load_sampler(self, sampler: dict[str, Any]) -> None:
         self._sampler.restore(sampler["tensors"])
         self._constants = TemperingConstants(**sampler["constants"])
+        if self.tempering is not None:
+            self.tempering = dataclasses.replace(self.tempering, energy_noise=self._constants.energy_noise)
         self._dimension = sampler["dimension"]
         self.phase = sampler["phase"]
         self._explored = sampler["explored"]
