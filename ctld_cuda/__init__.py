@@ -2,7 +2,8 @@
 
 from .backends import backend_info
 from .optimizer import CTLD
+from .posterior import Draws, PosteriorSamples
 from .tempering import AdaptiveForce, Metadynamics, Tempering
 
-__all__ = ["CTLD", "AdaptiveForce", "Metadynamics", "Tempering", "backend_info"]
+__all__ = ["CTLD", "AdaptiveForce", "Draws", "Metadynamics", "PosteriorSamples", "Tempering", "backend_info"]
 __version__ = "0.1.0"
