@@ -66,3 +66,18 @@ def compiled():
 def seed():
     """Another one at every run, unless CTLD_TEST_SEED says which."""
     return int(os.environ.get("CTLD_TEST_SEED") or secrets.randbits(62))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the tests of statistics/ compared, added up over all processes (see laws.Tally)."""
+    reports = [r for found in terminalreporter.stats.values() for r in found if hasattr(r, "user_properties")]
+    total = {"comparisons": 0, "chance": 0.0, "bounds": 0}
+    for report in reports:
+        for name, value in report.user_properties:
+            if report.when == "teardown" and name in total:
+                total[name] += value
+    if total["comparisons"]:
+        terminalreporter.write_line(
+            f"sampled laws: {total['comparisons']} comparisons with a healthy sampler, of which one fails by "
+            f"chance with probability at most {total['chance']:.1e}; {total['bounds']} bounds from experience"
+        )

@@ -1,34 +1,141 @@
 """What the tests of the sampled laws share: bounds in standard errors, and harmonic targets solved exactly.
 
-Seeds are fresh at every run. A comparison fails if it is off by more than 5 standard errors (plus, with
-tempering, a stated allowance for the finite step of alpha), which happens by chance with probability 6e-7, or
-1e-6 where the error itself is estimated from the spread over some hundred chains. The default run of
-test_harmonic.py, test_alpha.py and test_tempering.py makes about 1,400 comparisons, so a healthy sampler
-fails it at most once in about 1,000 runs. Bounds without a known error (how flat a histogram is) are at
-least 5 times the spread seen in 20 runs away from the mean. The environment variable CTLD_TEST_SEED repeats
-the run of a failure, whose message names it. Deliberately broken samplers must fail the same checks.
+Seeds are fresh at every run. A comparison fails if it is off by more than BOUND = 5.5 standard errors (plus,
+with tempering, a stated allowance for the finite step of alpha). By chance that happens with probability
+3.8e-8 where the error is known and the number compared is Gaussian. Where the error is estimated from the
+spread over n chains, the number follows Student's t with n - 1 degrees of freedom: 8e-8 for n = 300, 3e-7 for
+n = 100. :func:`check` counts the comparisons and adds up these probabilities, and the summary of a run prints
+both: the sum bounds the probability that a healthy sampler fails the run (Boole), and is at most 1e-3.
+
+Bounds without a known error (how flat a histogram is) go through :func:`bounded`; they are at least 5 times
+the spread seen in 20 runs away from the mean and are counted apart. The environment variable CTLD_TEST_SEED
+repeats the run of a failure, whose message names it. Deliberately broken samplers must fail the same checks:
+see tests/statistics/mutants.py.
 """
 
+import dataclasses
 import math
+import statistics
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-FIVE_SIGMA = 5.0
+BOUND = 5.5
+FIVE_SIGMA = 5.0  # controls that must go wrong are off by at least this
 
 
 def repeat(seed):
     return f"to repeat: CTLD_TEST_SEED={seed}"
 
 
+# ---------------------------------------------------------------------------- comparisons and their number
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was compared so far: how often, how likely a failure by chance is, and bounds without error."""
+
+    comparisons: int = 0
+    chance: float = 0.0
+    bounds: int = 0
+
+
+TALLY = Tally()
+
+
+def tail(z):
+    """P(|Z| > z) of a standard normal Z."""
+    return math.erfc(z / math.sqrt(2.0))
+
+
+def chance(samples=None, bound=BOUND):
+    """P(|x| > bound) for a standard normal, or for Student's t from the spread of ``samples`` numbers.
+
+    Student's t by the normal approximation of Wallace (1959), within 10 % here.
+    """
+    if samples is None:
+        return tail(bound)
+    freedom = samples - 1
+    z = math.sqrt(freedom * math.log1p(bound * bound / freedom)) * (8 * freedom + 1) / (8 * freedom + 3)
+    return tail(z)
+
+
+def score(p):
+    """The standard normal score whose two-sided tail is ``p``: puts a p-value in standard errors."""
+    return -statistics.NormalDist().inv_cdf(max(0.5 * p, 1e-300)) if p < 1.0 else 0.0
+
+
+def worst(deviation):
+    """Largest magnitude of a number or tensor of deviations; infinite where it is not a number."""
+    values = torch.as_tensor(deviation, dtype=torch.float64).abs()
+    return float(values.nan_to_num(math.inf, math.inf).max()) if values.numel() else math.inf
+
+
 def too_large(deviations):
-    """Those beyond 5 standard errors; deviations are in units of it, by name."""
-    return {name: round(float(z), 2) for name, z in deviations.items() if not abs(z) < FIVE_SIGMA}
+    """Those beyond BOUND standard errors; deviations (numbers or tensors) are in units of it, by name."""
+    return {name: round(worst(z), 2) for name, z in deviations.items() if not worst(z) < BOUND}
 
 
-def check(deviations, seed):
+def check(deviations, seed, samples=None):
+    """Asserts that all deviations are within BOUND, and counts every number in them.
+
+    ``samples``: the errors were estimated from so many independent numbers; None: they are known.
+    """
+    count = sum(torch.as_tensor(z).numel() for z in deviations.values())
+    TALLY.comparisons += count
+    TALLY.chance += count * chance(samples)
     assert not too_large(deviations), f"{too_large(deviations)} standard errors; {repeat(seed)}"
+
+
+def bounded(values, seed, report=""):
+    """Asserts low < value < high for bounds that come from experience: {name: (value, low, high)}."""
+    TALLY.bounds += len(values)
+    outside = {name: v for name, v in values.items() if not v[1] < v[0] < v[2]}
+    assert not outside, f"{outside} {report}; {repeat(seed)}"
+
+
+def kolmogorov(uniform, allowance=0.0):
+    """Deviation of independent numbers in [0, 1] from uniformity, in standard errors (Kolmogorov, Smirnov).
+
+    ``allowance`` is subtracted from the largest distance of the distribution functions. Tail by Stephens
+    (1970), good from some ten numbers on.
+    """
+    n = uniform.numel()
+    if n < 10 or not torch.isfinite(uniform).all():
+        return math.inf
+    x = uniform.double().flatten().sort().values
+    i = torch.arange(n, dtype=torch.float64, device=x.device)
+    distance = max(float(((i + 1) / n - x).max()), float((x - i / n).max())) - allowance
+    if distance <= 0.0:
+        return 0.0
+    t = (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n)) * distance
+    return score(min(1.0, 2.0 * sum((-1) ** (k - 1) * math.exp(-2.0 * (k * t) ** 2) for k in range(1, 20))))
+
+
+def normal_share(x):
+    """Standard normal distribution function."""
+    return torch.special.ndtr(x.double())
+
+
+def energy_share(energy, dimension):
+    """Distribution function of Gamma(d/2): the law of beta U on a d-dimensional Gaussian."""
+    half = torch.full_like(energy.double(), 0.5 * dimension)
+    return torch.special.gammainc(half, energy.double())
+
+
+def energy_distance(x, y):
+    """Energy distance of two samples (n, d) of independent draws, in standard errors (Szekely, Rizzo).
+
+    Summed over disjoint pairs of both, |x - y'| + |x' - y| - |x - x'| - |y - y'|: independent terms, and if x
+    and y have the same law each is as likely as its negative, so that the mean over its error is normal.
+    """
+    n = min(x.shape[0], y.shape[0]) // 2
+    if n < 16:
+        return math.inf
+    a, b, c, d = x[:n].double(), x[n : 2 * n].double(), y[:n].double(), y[n : 2 * n].double()
+    terms = (a - d).norm(dim=1) + (b - c).norm(dim=1) - (a - b).norm(dim=1) - (c - d).norm(dim=1)
+    return float(terms.mean() / terms.std()) * math.sqrt(n)
 
 
 def device_of(backend):

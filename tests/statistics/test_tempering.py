@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from checks import integral_over_log_beta
 from laws import (
     BINS,
     CENTERS,
@@ -18,11 +19,14 @@ from laws import (
     MAX_TEMPERATURE,
     PLAIN,
     WITH_PRIOR,
+    bounded,
     check,
     device_of,
+    energy_distance,
+    kolmogorov,
+    normal_share,
     repeat,
     root_temperature,
-    too_large,
 )
 
 from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, Tempering
@@ -66,10 +70,9 @@ def ratio(numerator, denominator):
 
 
 def deviation(estimate, expected, allowance=0.0):
-    """Largest deviation of an (estimate, error) in standard errors, less a relative allowance."""
+    """Deviations of an (estimate, error) in standard errors, less a relative allowance."""
     value, error = estimate
-    excess = ((value / expected - 1.0).abs() - allowance).clamp(min=0.0) * expected / error
-    return float(excess.nan_to_num(math.inf).max())
+    return ((value / expected - 1.0).abs() - allowance).clamp(min=0.0) * expected / error
 
 
 class ByBin:
@@ -92,13 +95,6 @@ class ByBin:
         return ratio(self.sums[name], self.count)
 
 
-def integral_over_log_beta(per_bin):
-    """-int per_bin dln(beta) from beta = 1, by trapezoids along the last dimension."""
-    log_beta = -2.0 * root_temperature(CENTERS).log()
-    pieces = 0.5 * (per_bin[..., 1:] + per_bin[..., :-1]) * (log_beta[:-1] - log_beta[1:])
-    return torch.cat((torch.zeros_like(per_bin[..., :1]), pieces.cumsum(-1)), -1)
-
-
 def free_energy_error(table, energy):
     """Standard error per bin of the thermodynamic integral of the mean energy, from the spread of chains."""
     beta = root_temperature(CENTERS) ** -2
@@ -113,6 +109,7 @@ TWENTY = [
     ((3, 4), WITH_PRIOR._replace(lr=0.05)),
     ((8,), WITH_PRIOR._replace(lr=0.03, momentum=0.9, curvature=1.5, weight_decay=0.0)),
 ]
+HUNDRED = [((100,), PLAIN)]
 # wide hills at first: metadynamics alone must climb 23 nats
 COLD_STARTS = {
     "2 dimensions, adaptive": (TWO, AdaptiveForce(), 10_000, 0.25),
@@ -120,6 +117,7 @@ COLD_STARTS = {
     "20 dimensions, adaptive": (TWENTY, AdaptiveForce(), 14_000, 0.45),
     "20 dimensions, metadynamics": (TWENTY, Metadynamics(height=0.2, gain=20.0), 24_000, 0.6),
 }
+ALSO_WITH_LONG = {"100 dimensions, adaptive": (HUNDRED, AdaptiveForce(), 100_000, 0.9)}
 
 
 class ColdStart:
@@ -185,12 +183,31 @@ class ColdStart:
         self.flatness = visits / visits.mean()
         return self
 
+    def draws(self):
+        """The parameters of the chains that are in the window at the end, against the target."""
+        window = self.optimizer.tempering_state()["at_target"]
+        unit = torch.cat(
+            [
+                p.detach()[window].double().flatten(1) * math.sqrt(k)
+                for p, k in zip(self.parameters, self.precisions, strict=True)
+            ],
+            1,
+        )
+        independent = torch.randn(unit.shape, generator=self.generator, dtype=torch.float64)
+        return {
+            "coordinates of draws": kolmogorov(normal_share(unit[:, 0])),
+            "energy distance of draws": energy_distance(unit, independent),
+        }
 
-@pytest.mark.parametrize("name", COLD_STARTS)
-def test_tempering_a_gaussian(compiled, name, seed):
+
+@pytest.mark.parametrize(
+    "name", [*COLD_STARTS, *(pytest.param(name, marks=pytest.mark.long) for name in ALSO_WITH_LONG)]
+)
+def test_tempering_a_gaussian(engine, name, seed):
     """The window holds the target, every bin its own temperature, and alpha and ln Z(beta) are as known."""
-    parts, bias, steps, memory = COLD_STARTS[name]
-    run = ColdStart(parts, bias, seed, compiled, chains=400).run(steps, steps // 2)
+    parts, bias, steps, memory = (COLD_STARTS | ALSO_WITH_LONG)[name]
+    chains = 400  # also on slow backends: fewer would learn the bias more slowly
+    run = ColdStart(parts, bias, seed, engine.backend, chains).run(steps, steps // 2)
     state = run.optimizer.tempering_state()
     assert state["flags"] == 0 and torch.allclose(state["bin_centers"], CENTERS)
 
@@ -215,18 +232,24 @@ def test_tempering_a_gaussian(compiled, name, seed):
             "theta^2 by bin": deviation(run.by_bin.mean("theta"), 1.0, 0.005),
             "p^2 by bin": deviation(run.by_bin.mean("p"), 1.0, 0.005),
             # the mean energy of a bin is not quite that of its centre
-            "free energy": float(
-                (
-                    (integrated.abs() - 0.003 * free_energy).clamp(min=0.0) / integrated_error.clamp(min=1e-4)
-                ).max()
-            ),
+            "free energy": (integrated.abs() - 0.003 * free_energy).clamp(min=0.0)
+            / integrated_error.clamp(min=1e-4),
         },
         seed,
+        chains,
     )
-    assert (run.flatness - 1.0).abs().max() < 0.06, report  # 0.02 on average
-    assert abs(r_square - 1.0) < 0.05 and abs(state["alpha_kinetic_temperature"] - 1.0) < 0.1, report
-    # the histogram remembers the time before the bias was learned, an error of order 1/t without a known law
-    assert counted.abs().max() < memory, report
+    check(run.draws(), seed, 40)  # pairs of draws, of which there are some hundred
+    bounded(
+        {
+            "flatness": ((run.flatness - 1.0).abs().max(), -1.0, 0.06),  # 0.02 on average
+            "r^2": (r_square, 0.95, 1.05),
+            "r^2 of the run": (state["alpha_kinetic_temperature"], 0.9, 1.1),
+            # the histogram remembers the time before the bias was learned, an error of order 1/t
+            "free energy of the histogram": (counted.abs().max(), -1.0, memory),
+        },
+        seed,
+        report,
+    )
 
 
 # --------------------------------------------------------------------------------- two modes, one start
@@ -285,8 +308,9 @@ def test_a_mixture_started_in_one_mode(compiled, dimension, chains, steps, disca
     (share, error), spread = left_share(tempering, dimension, **options)
     report = f"P(left) {share:.4f} +- {error:.4f}, spread {spread[0]:.4f} +- {spread[1]:.4f}; {repeat(seed)}"
     print(report)
-    assert error < 0.03, report
-    check({"P(left)": (share - LEFT) / error, "spread of the modes": deviation(spread, 1.0, 0.005)}, seed)
+    bounded({"error of P(left)": (error, 0.0, 0.03)}, seed, report)
+    found = {"P(left)": (share - LEFT) / error, "spread of the modes": deviation(spread, 1.0, 0.005)}
+    check(found, seed, chains)
     if steps <= 10_000:  # with time, more chains cross at constant temperature too
         (control, control_error), _ = left_share(None, dimension, **options)
         report = f"constant temperature: {control:.4f} +- {control_error:.4f}; {repeat(seed)}"
@@ -295,8 +319,6 @@ def test_a_mixture_started_in_one_mode(compiled, dimension, chains, steps, disca
 
 
 # --------------------------------------------------------------------------------------- noisy energies
-
-HUNDRED = [((100,), PLAIN)]
 
 
 def mean_square_momentum(seed, backend, noise=0.0, energy_noise=0.0):
@@ -322,10 +344,15 @@ def test_noise_in_the_energy_heats_alpha(compiled, seed):
         f"with known noise {known:.4f} +- {known_error:.4f}; {repeat(seed)}"
     )
     print(report)
-    assert abs(exact - 1.0) < 0.05 and abs(known - 1.0) < 0.05, report
-    assert abs(noisy - 1.06) < 0.04, report
-    for other, error in ((exact, exact_error), (known, known_error)):
-        assert noisy - other > 2.0 * math.hypot(noisy_error, error), report
+    excess = {
+        name: (float(noisy - other) / math.hypot(noisy_error, error), 2.0, math.inf)
+        for name, other, error in (("over exact", exact, exact_error), ("over known", known, known_error))
+    }
+    bounded(
+        {"exact": (exact, 0.95, 1.05), "known": (known, 0.95, 1.05), "noisy": (noisy, 1.02, 1.1)} | excess,
+        seed,
+        report,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.state_dict()  # harmless: not worth a warning
@@ -335,7 +362,7 @@ def test_ruinous_noise_is_reported(compiled, seed):
     """Ten times the thermal spread: <r^2> of several, and a warning with the state."""
     start = ColdStart(HUNDRED, AdaptiveForce(), seed, compiled, chains=100, noise=70.0)
     optimizer = start.run(1_500, 500).optimizer
-    assert optimizer.tempering_state()["alpha_kinetic_temperature"] > 2.0, repeat(seed)
+    bounded({"r^2": (optimizer.tempering_state()["alpha_kinetic_temperature"], 2.0, math.inf)}, seed)
     with pytest.warns(RuntimeWarning, match="alpha is heated"):
         optimizer.state_dict()
 
@@ -403,8 +430,8 @@ def test_standardized_coupling(compiled, seed):
     )
     print(report)
     found = {"theta^2": deviation(theta, 1.0, 0.02), "p^2": deviation(kinetic, 1.0, 0.02)}
-    assert not too_large(found), f"{report}; {repeat(seed)}"
-    assert (run.flatness - 1.0).abs().max() < 0.25, f"{report}; {repeat(seed)}"
+    check(found, seed, 300)
+    bounded({"flatness": ((run.flatness - 1.0).abs().max(), -1.0, 0.25)}, seed, report)
 
 
 @pytest.mark.parametrize(
