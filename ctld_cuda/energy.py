@@ -130,9 +130,11 @@ def judge(optimizer: CTLD, noise: float) -> Verdict:
         return Verdict("harmless", noise, heat, "")
     if heat <= 1.0:
         return Verdict("correctable", noise, heat, f"construct with Tempering(energy_noise={noise:.3g})")
+    # more friction of alpha's own absorbs more
+    persistence = f"a persistence of at most {math.sqrt(1.0 - kick * kick):.2f}, " if kick < 0.9 else ""
     advice = (
-        f"use batches {heat:.1f} times as large, a step_size of at most {c.step_size / math.sqrt(heat):.2g}, "
-        "a ControlVariate, full batches, or coupling='standardized'"
+        f"use batches {heat:.1f} times as large, {persistence}a step_size of at most "
+        f"{c.step_size / math.sqrt(heat):.2g}, a ControlVariate, full batches, or coupling='standardized'"
     )
     return Verdict("too strong", noise, heat, advice)
 

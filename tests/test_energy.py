@@ -109,9 +109,23 @@ def test_verdicts(noise, level):
     assert verdict.level == level and verdict.noise == noise
     assert verdict.heat == pytest.approx(heat_of(optimizer, noise), rel=1e-5)
     assert (verdict.advice == "") == (level == "harmless")
-    if level == "too strong":  # the step size that it names is good enough
-        step = float(verdict.advice.split("step_size of at most ")[1].split(",")[0])
-        assert judge(make(Tempering(coupling="exact", step_size=step)), noise).heat < 1.1
+
+
+@pytest.mark.parametrize("noise", [8.0, 70.0])
+def test_advice_is_good_enough(noise):
+    verdict = judge(make(), noise)
+    assert verdict.level == "too strong"
+
+    def heat_with(name):
+        value = float(verdict.advice.split(f"{name} of at most ")[1].split(",")[0])
+        return judge(
+            make(Tempering(**({"coupling": "exact", "step_size": 0.02} | {name: value}))), noise
+        ).heat
+
+    assert heat_with("step_size") < 1.1
+    assert ("persistence" in verdict.advice) == (noise == 8.0)
+    if noise == 8.0:
+        assert heat_with("persistence") < 1.1
 
 
 def test_what_the_run_has_shown_counts(seed):

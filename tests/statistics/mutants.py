@@ -48,7 +48,7 @@ CHECKS: dict[str, Callable[[int], dict]] = {
     "extended density, hills": lambda seed: checks.extended(
         WITH_PRIOR, 2, checks.METADYNAMICS, seed, 1 << 12, BACKEND, 150, 0.02
     ),
-    "quick parameters": lambda seed: checks.quick(seed, 1 << 14, BACKEND),
+    "quick parameters": lambda seed: checks.quick(seed, 1 << 15, BACKEND),
     "free energies": lambda seed: checks.learning(PLAIN, 20, checks.ENERGY_ONLY, seed, 1 << 9, BACKEND, 100),
     "learning hills": lambda seed: checks.learning(PLAIN, 2, checks.METADYNAMICS, seed, 256, BACKEND, 30),
 }
