@@ -48,7 +48,7 @@ int different(const std::vector<float>& a, const std::vector<float>& b) {
 
 int compare(int64_t n, int64_t first, bool trouble) {
   const RoundKeys keys = round_keys(0x123456789ABCDEFull);
-  const double scale = 1.3, rescale = 0.9;
+  const double scale = 1.3, rescale = 0.9, momentum = 0.8;  // less than the group's: a thermostat's
   const GroupCoefficients group = {0.9, 0.01, 0.001, 0.43, 0.05, 131072.0, 100.0};
   int64_t kinetic = 0, prior = 0, flags = 0;
   Arrays tiled = make(n, trouble), plain = tiled;
@@ -68,16 +68,18 @@ int compare(int64_t n, int64_t first, bool trouble) {
   tile.chain_length = first + n;
   tile.scale = &scale;
   tile.rescale = &rescale;
+  tile.momentum = &momentum;
   tile.kinetic = &kinetic;
+  tile.kinetic_stride = 1;
   tile.prior = &prior;
   tile.flags = &flags;
   const auto decay = static_cast<int>(Decay::kGradientAndEnergy);
   CTLD_CONCATENATE(tile_kernels_, TESTED)()->step[0][decay][0](tile);
 
   const Coefficients<float> c = {static_cast<float>(rescale),
-                                 static_cast<float>(group.gradient),
+                                 static_cast<float>(group.gradient * (0.5 * (rescale + 1.0))),
                                  static_cast<float>(group.drift),
-                                 static_cast<float>(group.momentum),
+                                 static_cast<float>(momentum),
                                  static_cast<float>(group.noise * scale),
                                  static_cast<float>(group.weight_decay),
                                  static_cast<float>(group.kinetic),
