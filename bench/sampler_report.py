@@ -62,23 +62,26 @@ def row(name: str, one: Json) -> list[str]:
 
 
 def verdict(methods: Json) -> str:
-    """Who is ahead of CTLD and who is behind, and by which factor."""
-    ours = methods[OURS]["per_second"]
-    ahead, behind = [], []
+    """Who is ahead of CTLD, who is behind, by which factor, and who within two standard errors."""
+    ours = methods[OURS]
+    ahead, level, behind = [], [], []
     for name, one in methods.items():
         if name in (OURS, CONTROL):
             continue
-        factor = one["per_second"] / ours
-        if factor > 1:
+        factor = one["per_second"] / ours["per_second"]
+        error = math.hypot(one["relative_error"], ours["relative_error"])
+        if factor > 0 and abs(math.log(factor)) < 2 * error:
+            level.append(f"{name} ({significant(factor)} times as many)")
+        elif factor > 1:
             ahead.append(f"{name} ({significant(factor)} times as many)")
         else:
             behind.append(f"{name} (" + (f"1/{significant(1 / factor)}" if factor > 0 else "none") + ")")
-    said = []
-    if ahead:
-        said.append(f"**Ahead of CTLD**: {', '.join(ahead)}.")
-    if behind:
-        said.append(f"Behind CTLD: {', '.join(behind)}.")
-    return " ".join(said)
+    parts = {
+        "**Ahead of CTLD**": ahead,
+        "**Not distinguishable from CTLD** (two standard errors)": level,
+        "Behind CTLD": behind,
+    }
+    return " ".join(f"{what}: {', '.join(names)}." for what, names in parts.items() if names)
 
 
 def breakdown(methods: Json) -> str:

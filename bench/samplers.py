@@ -17,6 +17,7 @@ together: on one otherwise idle processor the same as elapsed time, and nearly i
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -245,6 +246,7 @@ def measure_method(method: Method, target: Target, protocol: Protocol, seed: int
         "gradients_per_second": gradients / sampling,
         "gradients_per_draw": gradients / effective if effective > 0 else float("inf"),
         "versions": method.versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if target.modes > 1:
         distances = [measure.total_variation(run.found.mean, exact) for run in runs]

@@ -340,8 +340,10 @@ def test_draws_count_in_the_window_only_and_the_temperature_is_the_targets(seed)
 
 
 def test_verdict_names_who_is_ahead():
-    kept = {name: {"per_second": value} for name, value in [(methods.OURS, 10.0), ("a", 25.0), ("b", 2.0)]}
+    values = [(methods.OURS, 10.0), ("a", 25.0), ("b", 2.0), ("c", 11.0)]
+    kept = {name: {"per_second": value, "relative_error": 0.1} for name, value in values}
     text = report.verdict(kept)
     assert "**Ahead of CTLD**: a (2.5 times as many)" in text and "Behind CTLD: b (1/5.0)" in text
+    assert "**Not distinguishable from CTLD** (two standard errors): c (1.1 times as many)" in text
     assert report.significant(12345.0) == "12,000" and report.significant(3.44) == "3.4"
     assert report.significant(0.01) == "< 0.1" and report.significant(float("nan")) == "–"

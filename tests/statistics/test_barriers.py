@@ -210,11 +210,14 @@ def test_the_wells_swap():
 # ------------------------------------------------------------------------------ what must be noticed
 
 
-class HalfFelt(DoubleWell):
-    """Hands over half of the energy, so that alpha no longer belongs to the same density as theta."""
+class QuarterFelt(DoubleWell):
+    """Hands over a quarter of the energy, so that alpha no longer belongs to the same density as theta.
+
+    The hot wells' weights leak into the window: P(left) is 0.56, 15 errors too high.
+    """
 
     def __call__(self, parameters):
-        return 0.5 * super().__call__(parameters)
+        return 0.25 * super().__call__(parameters)
 
 
 def hotter(integrator, *, momentum, c, **rest):
@@ -223,7 +226,7 @@ def hotter(integrator, *, momentum, c, **rest):
     return right._replace(noise=1.03 * right.noise)
 
 
-@pytest.mark.parametrize("broken", ["noise", "alpha feels half of the energy"])
+@pytest.mark.parametrize("broken", ["noise", "alpha feels a quarter of the energy"])
 def test_broken_samplers_are_noticed(monkeypatch, compiled, broken, seed):
     case, target = CASES["double well"], DoubleWell()
     sign, steps, discard = "left", 6_000, case.discard
@@ -231,7 +234,7 @@ def test_broken_samplers_are_noticed(monkeypatch, compiled, broken, seed):
         monkeypatch.setattr(ctld_cuda.optimizer, "explore_coefficients", hotter)
         sign, steps, discard = "y_square", 1_500, 500
     else:
-        target = HalfFelt()
+        target = QuarterFelt()
     tempering = Tempering(max_temperature=case.max_temperature, coupling="exact")
     options = dict(chains=case.chains, steps=steps, discard=discard, seed=seed, backend=compiled)
     found, exact = averages(target, tempering, **options), target.exact()
