@@ -36,9 +36,11 @@ struct Scenario {
   int64_t chains;
   bool sampling;
   bool aligned;
+  bool thermostats = false;
 };
 
 constexpr int32_t kBins = 12;
+constexpr int64_t kGroups = 2;
 constexpr int kSteps = 2;
 
 template <class T>
@@ -94,7 +96,7 @@ TemperingConstants constants(int64_t chains) {
 
 // The state's tensors, each in memory of its own.
 struct State {
-  explicit State(int64_t chains) {
+  State(int64_t chains, bool thermostats) {
     pointers.step = integers(1);
     pointers.samples = integers(1);
     pointers.flags = integers(1);
@@ -102,7 +104,10 @@ struct State {
     pointers.alpha_momentum = reals(chains);
     pointers.temperature = reals(chains);
     pointers.settled = integers(chains);
-    pointers.kinetic = integers(chains);
+    pointers.turns = integers(chains);
+    pointers.kinetic = integers(chains * (thermostats ? kGroups : 1));
+    pointers.friction = reals(chains * kGroups);
+    for (int64_t i = 0; i < chains * kGroups; ++i) pointers.friction[i] = 0.1;
     pointers.prior = integers(chains);
     pointers.visits = integers(kBins);
     pointers.energy_mean = reals(kBins);
@@ -131,6 +136,8 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
   simt::resident_blocks = resident;
   std::mt19937 random(1);
   const int64_t chains = scenario.chains;
+  State state(chains, scenario.thermostats);
+  std::vector<double> group_elements(scenario.thermostats ? kGroups : 0, 0.0);
   std::vector<TensorInfo> infos;
   std::vector<TensorPointers> pointers;
   std::vector<std::unique_ptr<Memory>> memory;
@@ -138,7 +145,8 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
   for (std::size_t i = 0; i < scenario.lengths.size(); ++i) {
     const Format format = scenario.formats[i % scenario.formats.size()];
     const int64_t n = scenario.lengths[i] * chains;
-    infos.push_back({n, static_cast<uint32_t>(i), static_cast<uint32_t>(i % 2), format});
+    infos.push_back({n, static_cast<uint32_t>(i), static_cast<uint32_t>(i % kGroups), format});
+    if (scenario.thermostats) group_elements[i % kGroups] += static_cast<double>(scenario.lengths[i]);
     void* at[3];
     for (int part = 0; part < 3; ++part) {
       const std::size_t bytes = part == 1 ? momentum_bytes(format) : parameter_bytes(format);
@@ -150,8 +158,8 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
     }
     pointers.push_back({at[0], at[1], at[2]});
   }
-  State state(chains);
-  CudaPlan plan(infos, chains, constants(chains), state.pointers, 0x123456789ull, true, 10.0, blocks);
+  CudaPlan plan(infos, chains, constants(chains), state.pointers, 0x123456789ull, true, group_elements, 10.0,
+                blocks);
   Memory scratch(plan.scratch_bytes(), 0);
   std::memset(scratch.data(), 0, plan.scratch_bytes());
   plan.use_scratch(scratch.data());
@@ -168,7 +176,7 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
   const GroupCoefficients first = {0.9, 0.3, 0.02, 0.4, 0.01, 65536.0, 3000.0};
   const GroupCoefficients second = {0.8, 0.2, 0.01, 0.5, 0.0, 65536.0, 0.0};
   step.groups = {first, second};
-  step.rates.resize(2);
+  step.rates.resize(kGroups);
   step.loss = loss.data();
   step.loss_type = Number::kFloat64;
   for (int i = 0; i < kSteps; ++i) {
@@ -205,6 +213,7 @@ int main(int count, char**) {
   different += check({"few chains", {1, 3, 130}, single, 3, true, true});
   different += check({"many chains", {1, 3, 7}, single, 21, true, true});
   different += check({"fine-tuning", {5, 9, 520}, single, 1, false, true});
+  different += check({"thermostats", {1, 3, 130}, single, 3, true, true, true});
   if (count > 1) return different;
   different += check({"all formats", {5, 9, 3, 6, 7, 520, 515, 516, 517, 519}, all, 1, true, true});
   different += check({"misaligned", {5, 9, 13, 6, 17, 31, 32, 33, 34, 35}, all, 1, true, false});

@@ -262,8 +262,11 @@ class Funnel(Target):
     because volume grows with it, and only mildly widens it.
     """
 
-    def __init__(self, width: float = 1.0, others: int = 3, lr: float = 0.02) -> None:
-        self.width, self.others, self.lr, self.dimension = width, others, lr, others + 1
+    lr = 0.02
+
+    def __init__(self, width: float = 1.0, others: int = 3, start: float = -3.0) -> None:
+        self.width, self.others, self.dimension = width, others, others + 1
+        self.first_v = start * width  # -3: in the neck
 
     def energy(self, theta):
         v, x = theta[:, 0], theta[:, 1:]
@@ -275,8 +278,8 @@ class Funnel(Target):
 
     def start(self, chains, generator):
         theta = torch.randn(chains, self.dimension, generator=generator)
-        theta[:, 0] = -3.0 * self.width
-        theta[:, 1:] *= math.exp(-1.5 * self.width)
+        theta[:, 0] = self.first_v
+        theta[:, 1:] *= math.exp(0.5 * self.first_v)
         return theta
 
     def observe(self, theta):

@@ -22,6 +22,7 @@ from targets import DoubleWell, Funnel, Grid, Mixture, Ring, Target, among, midp
 import ctld_cuda.optimizer
 from ctld_cuda import CTLD, Tempering, reference
 from ctld_cuda.reference import temper_scale
+from ctld_cuda.state import KINETIC_SATURATED
 
 
 class Case(NamedTuple):
@@ -81,13 +82,13 @@ class Window:
         for name, values in observed.items():
             self.sums[name] = self.sums.get(name, 0.0) + values * at_target
 
-    def means(self):
+    def means(self, allowed_flags=0):
         """Means with standard errors, by name."""
-        assert self.optimizer.tempering_state()["flags"] == 0
+        assert self.optimizer.tempering_state()["flags"] & ~allowed_flags == 0
         return {name: ratio(total, self.count) for name, total in self.sums.items()}
 
 
-def averages(target, tempering, *, chains, steps, discard, seed, backend, every=10):
+def averages(target, tempering, *, chains, steps, discard, seed, backend, every=10, allowed_flags=0):
     """Means of the observables over the states at target, with standard errors, by name."""
     optimizer, theta = sampler(target, tempering, chains, seed, backend)
     window = Window(optimizer)
@@ -95,7 +96,7 @@ def averages(target, tempering, *, chains, steps, discard, seed, backend, every=
         optimizer.step(loss=target([theta]))
         if step > discard and step % every == 0:
             window.add(target.observe(theta.detach().double()))
-    return window.means()
+    return window.means(allowed_flags)
 
 
 def deviations(found, exact, telltale, allowance, samples):
@@ -320,17 +321,17 @@ def test_a_funnel_has_its_known_law_at_every_temperature(compiled, seed):
 def test_neals_funnel_defeats_both(compiled, seed):
     """9 coordinates and v of standard deviation 3: no learning rate fits the neck and the mouth.
 
-    At lr = 0.02 the steps are unstable below v = -5.2 and the neck, v < -3, is half empty. Tempering leaves
-    it so: at T = 1.2 the mean of v is 8.1 already, at the default T = 10 it would be 364.
+    At lr = 0.02 the steps are unstable below v = -5.2 (which may raise a flag) and the neck, v < -3, is half
+    empty. Tempering leaves it so: at T = 1.2 the mean of v is 8.1 already, at the default T = 10 it would be
+    364. Chains start between neck and mouth.
     """
-    target = Funnel(width=3.0, others=9)
+    target = Funnel(width=3.0, others=9, start=0.0)
     assert abs(target.mean_v(torch.tensor(1 / 1.2)) - 8.1) < 0.01
     assert abs(target.mean_v(torch.tensor(0.1)) - 364.5) < 0.01
     exact = target.exact()
     for tempering in (None, Tempering(max_temperature=1.2, coupling="exact")):
-        found = averages(
-            target, tempering, chains=200, steps=20_000, discard=4_000, seed=seed, backend=compiled
-        )
+        options = dict(chains=200, steps=20_000, discard=4_000, seed=seed, backend=compiled)
+        found = averages(target, tempering, **options, allowed_flags=KINETIC_SATURATED)
         report = f"{tempering}\n{describe(found, exact)}\n{repeat(seed)}"
         print(report)
         value, error = found["neck"]
