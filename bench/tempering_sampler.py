@@ -108,7 +108,7 @@ def in_equilibrium(
     momenta = lag * root_k * theta + (1.0 - lag * lag).sqrt() * fresh
     run = Run(target, theta, tempering, lr=lr, momentum=momentum, seed=seed, noise=noise)
     saved = run.optimizer.state_dict()
-    tensors = saved["sampler"]["tensors"]
+    tensors = saved["param_groups"][0]["sampler"]["tensors"]
     tensors["alpha"].copy_(alpha)
     tensors["alpha_momentum"].copy_(torch.randn(chains, generator=generator, dtype=torch.float64))
     tensors["temperature"].copy_(q * q)

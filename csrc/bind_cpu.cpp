@@ -18,10 +18,10 @@ class BoundCpuPlan {
  public:
   BoundCpuPlan(const std::vector<Info>& tensors, int64_t chains, const Numbers& constants,
                const Addresses& state, uint64_t seed, bool stochastic,
-               const std::vector<double>& group_elements, const std::string& isa)
+               const std::vector<double>& group_elements, bool partial, const std::string& isa)
       : kinetic_(kinetic_quanta(constants_from(constants, chains))),
         plan_(infos_from(tensors), chains, constants_from(constants, chains), state_from(state), seed,
-              stochastic, group_elements, kernels_named(isa)),
+              stochastic, group_elements, partial, kernels_named(isa)),
         pointers_(tensors.size()) {}
 
   void explore(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups, bool baoab,
@@ -92,7 +92,7 @@ void normal(uint64_t seed, uint64_t step, uint32_t stream, uint32_t index, uint3
 void bind_cpu(py::module_& module) {
   py::class_<BoundCpuPlan>(module, "CpuPlan", py::module_local())
       .def(py::init<const std::vector<Info>&, int64_t, const Numbers&, const Addresses&, uint64_t, bool,
-                    const std::vector<double>&, const std::string&>())
+                    const std::vector<double>&, bool, const std::string&>())
       .def("explore", &BoundCpuPlan::explore)
       .def("finetune", &BoundCpuPlan::finetune)
       .def("reduce_prior_energy", &BoundCpuPlan::reduce_prior_energy);

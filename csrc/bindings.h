@@ -18,8 +18,8 @@ namespace ctld {
 
 using Numbers = std::map<std::string, double>;
 using Addresses = std::map<std::string, uintptr_t>;
-// (numel, index, group, format) per tensor
-using Info = std::tuple<int64_t, uint32_t, uint32_t, int32_t>;
+// (numel, first, counted, index, group, format) per tensor
+using Info = std::tuple<int64_t, int64_t, bool, uint32_t, uint32_t, int32_t>;
 // (momentum, gradient, drift, noise, weight_decay, prior) per group
 using Group = std::tuple<double, double, double, double, double, double>;
 
@@ -77,9 +77,9 @@ inline StatePointers state_from(const Addresses& a) {
 
 inline std::vector<TensorInfo> infos_from(const std::vector<Info>& tensors) {
   std::vector<TensorInfo> out;
-  for (const auto& [numel, index, group, format] : tensors) {
+  for (const auto& [numel, first, counted, index, group, format] : tensors) {
     if (format < 0 || format >= kFormats) throw pybind11::value_error("unknown format");
-    out.push_back({numel, index, group, static_cast<Format>(format)});
+    out.push_back({numel, first, counted, index, group, static_cast<Format>(format)});
   }
   return out;
 }

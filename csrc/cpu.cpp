@@ -80,7 +80,7 @@ int useful_threads(int64_t work, int threads) {
 
 CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
                  const StatePointers& state, uint64_t seed, bool stochastic,
-                 std::vector<double> group_elements, const TileKernels* kernels)
+                 std::vector<double> group_elements, bool partial, const TileKernels* kernels)
     : tensors_(std::move(tensors)),
       chains_(chains),
       constants_(constants),
@@ -88,6 +88,7 @@ CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temperin
       keys_(round_keys(seed)),
       stochastic_(stochastic),
       group_elements_(std::move(group_elements)),
+      partial_(partial),
       kernels_(kernels),
       scale_(chains, 1.0),
       rescale_(chains, 1.0),
@@ -180,6 +181,7 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
                         const std::vector<GroupCoefficients>& groups, double unscale, int threads,
                         Choose choose) {
   const uint64_t step = static_cast<uint64_t>(*state_.step);
+  int64_t uncounted = 0;
   // dynamic: a core that somebody else slows down does not hold up the others
 #pragma omp parallel for schedule(dynamic, 8) num_threads(useful_threads(elements_, threads))
   for (uint32_t chunk = 0; chunk < chunks_; ++chunk) {
@@ -191,11 +193,12 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
     FloatEnvironment environment;
     const std::size_t bytes = parameter_bytes(tensor.format);
     Tile tile;
-    tile.first = static_cast<int64_t>(chunk - first_chunk_[i]) * kTileElements;
-    tile.count = std::min(kTileElements, tensor.numel - tile.first);
-    tile.theta = static_cast<char*>(at.theta) + tile.first * bytes;
-    tile.p = static_cast<char*>(at.momentum) + tile.first * momentum_bytes(tensor.format);
-    tile.gradient = at.gradient ? static_cast<const char*>(at.gradient) + tile.first * bytes
+    const int64_t offset = static_cast<int64_t>(chunk - first_chunk_[i]) * kTileElements;
+    tile.first = tensor.first + offset;
+    tile.count = std::min(kTileElements, tensor.numel - offset);
+    tile.theta = static_cast<char*>(at.theta) + offset * bytes;
+    tile.p = static_cast<char*>(at.momentum) + offset * momentum_bytes(tensor.format);
+    tile.gradient = at.gradient ? static_cast<const char*>(at.gradient) + offset * bytes
                                 : static_cast<const void*>(kZeros);
     tile.counter = make_counter(step, kParameterNoise, tensor.index);
     tile.rounding = make_counter(step, kRounding, tensor.index);
@@ -203,13 +206,14 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
     tile.unscale = unscale;
     tile.keys = &keys_;
     tile.group = &groups[tensor.group];
-    tile.chain_length = tensor.numel / chains_;
+    tile.chain_length = (tensor.first + tensor.numel) / chains_;
     tile.scale = scale_.data();
     tile.rescale = rescale_.data();
     tile.momentum = momentum_.empty() ? nullptr : momentum_.data() + tensor.group * chains_;
-    tile.kinetic = state_.kinetic + (group_elements_.empty() ? 0 : tensor.group);
+    tile.kinetic =
+        tensor.counted ? state_.kinetic + (group_elements_.empty() ? 0 : tensor.group) : &uncounted;
     tile.kinetic_stride = kinetic_sums();
-    tile.prior = state_.prior;
+    tile.prior = tensor.counted ? state_.prior : &uncounted;
     tile.flags = state_.flags;
     function(tile);
   }
@@ -226,7 +230,7 @@ void CpuPlan::explore(const std::vector<TensorPointers>& tensors,
   for_tiles(tensors, groups, unscale, threads, [&](const TensorInfo& tensor, const TensorPointers&) {
     return steps[static_cast<int>(decay_of(groups[tensor.group]))][static_cast<int>(tensor.format)];
   });
-  if (!group_elements_.empty()) adapt_frictions(groups, integrator == Integrator::kBaoab);
+  if (!group_elements_.empty() && !partial_) adapt_frictions(groups, integrator == Integrator::kBaoab);
   *state_.step += 1;
 }
 

@@ -17,10 +17,11 @@ std::vector<const TileKernels*> supported_kernels();
 class CpuPlan {
  public:
   // With `stochastic`, bfloat16 is rounded stochastically. `group_elements`: with thermostats, the elements
-  // of each parameter group that one chain has; otherwise empty.
+  // of each parameter group that one chain has; otherwise empty. `partial`: the sums of energies are those of
+  // one rank, so the thermostats are left to the caller, who adds up.
   CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
           const StatePointers& state, uint64_t seed, bool stochastic, std::vector<double> group_elements,
-          const TileKernels* kernels);
+          bool partial, const TileKernels* kernels);
 
   // One sampling step; `loss` holds one value per chain, and is not read without tempering. Gradients are
   // multiplied by `unscale`.
@@ -54,6 +55,7 @@ class CpuPlan {
   RoundKeys keys_;
   bool stochastic_;
   std::vector<double> group_elements_;
+  bool partial_;
   const TileKernels* kernels_;
   std::vector<double> scale_, rescale_;
   std::vector<double> momentum_;  // of all chains of the first group, then the second; empty: the groups' own

@@ -24,10 +24,16 @@ struct TableEntry {
   uint64_t chain_length;      // elements of one chain
   uint32_t chunks_per_chain;  // chunks never straddle chains
   uint32_t first_chunk;
-  uint32_t index;  // noise index
+  uint32_t index;        // noise index
+  uint32_t first_group;  // noise group of the first unit
+  uint32_t sum;          // of kinetic energies: the first chain's
   uint16_t group;
-  uint16_t format;
+  uint8_t format;
+  uint8_t skipped;  // elements of the first unit that belong to another rank; 0 with several chains
 };
+
+// Elements come in units: as many as make 16 bytes of a parameter, but at least a noise group.
+CTLD_HD uint32_t unit_of(Format format) { return parameter_bytes(format) == 2 ? 8 : 4; }
 
 // The type of a floating-point number that only the device reads.
 enum class Number : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -47,8 +53,8 @@ struct GroupArguments {
 
 // Zero between steps, and touched by atomic operations only.
 struct Scratch {
-  int64_t* kinetic;   // per chain and thermostat
-  int64_t* prior;     // per chain
+  int64_t* kinetic;   // per chain and thermostat, and one that nobody reads
+  int64_t* prior;     // per chain, and one that nobody reads
   int64_t* bin_sums;  // bin_sums_length(bins)
   uint32_t* done;     // blocks that have finished
 };
@@ -79,6 +85,7 @@ struct StepArguments {
   uint32_t groups;
   uint32_t kinetic_sums;  // of each chain: one for each thermostat, or one
   bool thermostats;
+  bool partial;  // the sums are one rank's: the thermostats wait for the others'
   bool live_rates;
   bool stochastic;
   // GroupArguments of all groups, then the addresses of the entries' gradients

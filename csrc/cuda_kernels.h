@@ -63,7 +63,7 @@ CTLD_DEVICE bool has_work(const StepArguments& a, const TableEntry& entry, const
 }
 
 // By one thread: finds the block's next chunk with something to do. False if there is none.
-template <Purpose purpose, Integrator integrator>
+template <Purpose purpose, Integrator integrator, int32_t known_format>
 CTLD_DEVICE bool next_task(const StepArguments& a, ChunkBlock& block) {
   const uint32_t* first_chunk = a.first_chunk + a.first_entry;
   block.last_sum = block.sum;
@@ -82,7 +82,7 @@ CTLD_DEVICE bool next_task(const StepArguments& a, ChunkBlock& block) {
     } else if (chain != block.chain) {
       enter_chain<integrator>(a, block, chain);
     }
-    block.sum = chain * a.kinetic_sums + (a.thermostats ? entry.group : 0);
+    block.sum = chain * a.kinetic_sums + entry.sum;
     const uint64_t start = static_cast<uint64_t>(piece) * a.chunk_size;
     const uint64_t left = entry.chain_length - start;
     const uint64_t begin = chain * entry.chain_length + start;
@@ -90,8 +90,8 @@ CTLD_DEVICE bool next_task(const StepArguments& a, ChunkBlock& block) {
     const Rates rates = purpose == Purpose::kStep ? block.rates[entry.group] : Rates{0.0, 0.0};
     const double momentum =
         purpose == Purpose::kStep ? momentum_of<integrator>(a, chain, entry.group, block.scale) : 0.0;
-    make_task<integrator>(block.task, a, momentum, rates, entry, gradient, begin, end, block.scale,
-                          block.rescale);
+    make_task<integrator, known_format>(block.task, a, momentum, rates, entry, gradient, begin, end,
+                                        block.scale, block.rescale);
     return true;
   }
   return false;
@@ -131,13 +131,13 @@ struct OneChain {
 };
 
 // Calls visit() for every task of the block, by all threads; visit returns the thread's sums.
-template <Purpose purpose, Integrator integrator, class Visit>
+template <Purpose purpose, Integrator integrator, int32_t known_format, class Visit>
 CTLD_DEVICE void for_tasks(const StepArguments& a, ChunkBlock& block, const Visit& visit) {
   if (thread() == 0) start_share(a, block);
   block.kinetic[thread()] = block.prior[thread()] = 0;
   while (true) {
     __syncthreads();  // the last task is not needed any more
-    if (thread() == 0) block.more = next_task<purpose, integrator>(a, block);
+    if (thread() == 0) block.more = next_task<purpose, integrator, known_format>(a, block);
     __syncthreads();
     if (!block.more) break;
     if (block.sum != block.last_sum) flush(a, block, block.last_sum);
@@ -154,7 +154,7 @@ CTLD_KERNEL step_chunks(const __grid_constant__ StepArguments a) {
   using Storage = StorageOf<format>;
   CTLD_SHARED(ChunkBlock, block);
   if (!prepare<integrator>(a, block.rates)) return;
-  for_tasks<Purpose::kStep, integrator>(a, block, [&] {
+  for_tasks<Purpose::kStep, integrator, static_cast<int32_t>(format)>(a, block, [&] {
     OneChain<typename Storage::Real> chains = {block.task};
     step_task<integrator, Storage>(a, block.task, chains);
     return chains.sums;
@@ -163,14 +163,14 @@ CTLD_KERNEL step_chunks(const __grid_constant__ StepArguments a) {
   const bool knows_all = a.chains == 1 && block.chain == 0;
   if (integrator != Integrator::kMomentumSgd) {
     commit_chains(a, knows_all ? &block.step : nullptr);
-    if (a.thermostats) commit_frictions<integrator>(a);
+    if (a.thermostats && !a.partial) commit_frictions<integrator>(a);
   }
   commit_step<integrator>(a);
 }
 
 CTLD_KERNEL prior_of_chunks(const __grid_constant__ StepArguments a) {
   CTLD_SHARED(ChunkBlock, block);
-  for_tasks<Purpose::kPriorEnergy, Integrator::kEuler>(a, block, [&] {
+  for_tasks<Purpose::kPriorEnergy, Integrator::kEuler, kAnyFormat>(a, block, [&] {
     Sums sums;
     with_storage(block.task.format, [&](auto storage) {
       using Storage = decltype(storage);
@@ -305,12 +305,12 @@ CTLD_DEVICE void for_tensors(const StepArguments& a, ChainBlock& block, const Ow
     __syncthreads();  // the last task is not needed any more
     if (thread() == 0) {
       const uint64_t begin = static_cast<uint64_t>(own.begin) * length;
-      const TableEntry& entry = a.table[number];
+      const TableEntry entry = a.table[number];
       const Rates rates = purpose == Purpose::kStep ? block.rates[entry.group] : Rates{0.0, 0.0};
       const void* gradient = purpose == Purpose::kStep ? gradient_of(a, number) : nullptr;
       const double momentum = group_of(a, entry.group).coefficients.momentum;
-      make_task<integrator>(block.task, a, momentum, rates, entry, gradient, begin,
-                            begin + own.count * length, 1.0, 1.0);
+      make_task<integrator, kAnyFormat>(block.task, a, momentum, rates, entry, gradient, begin,
+                                        begin + own.count * length, 1.0, 1.0);
     }
     __syncthreads();
     visit(static_cast<uint32_t>(length));

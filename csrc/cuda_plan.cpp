@@ -25,11 +25,27 @@ uint32_t chunk_size_for(uint64_t elements, uint32_t blocks) {
   return static_cast<uint32_t>(std::clamp<uint64_t>(fair, kSmallestChunk, kLargestChunk));
 }
 
+// Elements of a shard's first unit that belong to the rank before.
+int64_t skipped(const TensorInfo& tensor) { return tensor.first % unit_of(tensor.format); }
+
+// The address of the first unit, of which the rank before may have a part: nobody reads or writes that.
+template <class T>
+T* whole_units(T* shard, const TensorInfo& tensor, int64_t bytes) {
+  if (shard == nullptr) return nullptr;
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(shard) -
+                              static_cast<uintptr_t>(skipped(tensor) * bytes));
+}
+
+// Elements of one chain; of a shard, from its first unit on.
+uint64_t chain_length(const TensorInfo& tensor, int64_t chains) {
+  return tensor.numel == 0 ? 0 : static_cast<uint64_t>((tensor.numel + skipped(tensor)) / chains);
+}
+
 }  // namespace
 
 CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
                    const StatePointers& state, uint64_t seed, bool stochastic,
-                   std::vector<double> group_elements, double num_data, uint32_t max_blocks)
+                   std::vector<double> group_elements, bool partial, double num_data, uint32_t max_blocks)
     : group_elements_(std::move(group_elements)), max_blocks_(max_blocks), arguments_() {
   order_.resize(tensors.size());
   std::iota(order_.begin(), order_.end(), 0u);
@@ -52,6 +68,7 @@ CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temper
   a.chains = chains;
   a.stochastic = stochastic;
   a.thermostats = !group_elements_.empty();
+  a.partial = partial;
   a.kinetic_sums = a.thermostats ? static_cast<uint32_t>(group_elements_.size()) : 1;
   a.chunk_size = chunk_size_for(elements, max_blocks_);
   const auto fair_chains = divide_up<int64_t>(chains, max_blocks_);
@@ -60,24 +77,30 @@ CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temper
       std::min<int64_t>(round_up<int64_t>(fair_chains, 4), static_cast<int64_t>(kChainsPerBlock)));
   first_chunk_.push_back(0);
   for (const TensorInfo& tensor : tensors_) {
-    const auto length = static_cast<uint64_t>(tensor.numel / chains);
+    const uint64_t length = chain_length(tensor, chains);
     const uint64_t chunks = divide_up<uint64_t>(length, a.chunk_size) * static_cast<uint64_t>(chains);
     first_chunk_.push_back(first_chunk_.back() + static_cast<uint32_t>(chunks));
   }
 }
 
+// Which of the first chain's sums a tensor's kinetic energies belong to.
+uint32_t CudaPlan::sum_of(const TensorInfo& tensor) const {
+  if (!tensor.counted) return static_cast<uint32_t>(arguments_.chains) * arguments_.kinetic_sums;
+  return arguments_.thermostats ? tensor.group : 0;
+}
+
 std::size_t CudaPlan::scratch_bytes() const {
   const auto sums = static_cast<std::size_t>(bin_sums_length(arguments_.constants.bins));
   const auto per_chain = static_cast<std::size_t>(arguments_.kinetic_sums + 1);
-  return (per_chain * static_cast<std::size_t>(arguments_.chains) + 2 * sums + 1) * sizeof(int64_t);
+  return (per_chain * static_cast<std::size_t>(arguments_.chains) + 2 + 2 * sums + 1) * sizeof(int64_t);
 }
 
 void CudaPlan::use_scratch(void* memory) {
   auto* at = static_cast<int64_t*>(memory);
   const int64_t sums = bin_sums_length(arguments_.constants.bins);
   arguments_.scratch.kinetic = at;
-  arguments_.scratch.prior = at += arguments_.chains * arguments_.kinetic_sums;
-  arguments_.scratch.bin_sums = at += arguments_.chains;
+  arguments_.scratch.prior = at += arguments_.chains * arguments_.kinetic_sums + 1;
+  arguments_.scratch.bin_sums = at += arguments_.chains + 1;
   arguments_.learned = at += sums;
   arguments_.scratch.done = reinterpret_cast<uint32_t*>(at + sums);
 }
@@ -87,15 +110,18 @@ std::vector<unsigned char> CudaPlan::table_of(const std::vector<TensorPointers>&
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     const TensorInfo& tensor = tensors_[i];
     TableEntry entry = {};
-    entry.theta = pointers[order_[i]].theta;
-    entry.momentum = pointers[order_[i]].momentum;
-    entry.chain_length = static_cast<uint64_t>(tensor.numel / arguments_.chains);
+    entry.theta = whole_units(pointers[order_[i]].theta, tensor, parameter_bytes(tensor.format));
+    entry.momentum = whole_units(pointers[order_[i]].momentum, tensor, momentum_bytes(tensor.format));
+    entry.chain_length = chain_length(tensor, arguments_.chains);
     entry.chunks_per_chain =
         static_cast<uint32_t>(divide_up<uint64_t>(entry.chain_length, arguments_.chunk_size));
     entry.first_chunk = first_chunk_[i];
     entry.index = tensor.index;
     entry.group = static_cast<uint16_t>(tensor.group);
-    entry.format = static_cast<uint16_t>(tensor.format);
+    entry.format = static_cast<uint8_t>(tensor.format);
+    entry.sum = sum_of(tensor);
+    entry.first_group = static_cast<uint32_t>((tensor.first - skipped(tensor)) / 4);
+    entry.skipped = static_cast<uint8_t>(skipped(tensor));
     entries.push_back(entry);
   }
   const std::size_t entry_bytes = entries.size() * sizeof(TableEntry);
@@ -140,7 +166,10 @@ uint32_t CudaPlan::capacity() const {
 void CudaPlan::put_gradients(const std::vector<const void*>& gradients, uint32_t first, uint32_t count) {
   unsigned char* const bytes = arguments_.arena + arguments_.groups * sizeof(GroupArguments);
   auto** const to = reinterpret_cast<const void**>(bytes);
-  for (uint32_t i = 0; i < count; ++i) to[i] = gradients[order_[first + i]];
+  for (uint32_t i = 0; i < count; ++i) {
+    const TensorInfo& tensor = tensors_[first + i];
+    to[i] = whole_units(gradients[order_[first + i]], tensor, parameter_bytes(tensor.format));
+  }
 }
 
 // Whole chains if that occupies all blocks; it needs all tensors in one launch, which must be of one format,

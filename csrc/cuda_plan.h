@@ -28,11 +28,12 @@ struct CudaQueue {
 class CudaPlan {
  public:
   // The work is shared by at most `max_blocks` blocks. `group_elements`: with thermostats, the elements of
-  // each parameter group that one chain has; otherwise empty.
-  // Throws std::invalid_argument if there are more than kMaxGroups groups.
+  // each parameter group that one chain has; otherwise empty. `partial`: the sums of energies are those of
+  // one rank, so the thermostats are left to the caller, who adds up. Throws std::invalid_argument if there
+  // are more than kMaxGroups groups.
   CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
            const StatePointers& state, uint64_t seed, bool stochastic, std::vector<double> group_elements,
-           double num_data, uint32_t max_blocks);
+           bool partial, double num_data, uint32_t max_blocks);
 
   // Device memory for use_scratch(): this many bytes, zero at first, and left alone afterwards.
   std::size_t scratch_bytes() const;
@@ -52,6 +53,7 @@ class CudaPlan {
 
  private:
   void prepare(const CudaStep& step);
+  uint32_t sum_of(const TensorInfo& tensor) const;
   // `gradients` empty: they are not needed, and all formats go into one launch
   void launch_chunks(KernelChoice::Work work, Integrator integrator,
                      const std::vector<const void*>& gradients, CudaQueue queue);

@@ -9,8 +9,8 @@ namespace ctld {
 
 // In shared memory, written by one thread: what would be the same in all threads' registers.
 //
-// Elements come in units: as many as make 16 bytes of a parameter, but at least a noise group. The units of a
-// tensor start at its first element; pointers and elements of a task count from its first unit.
+// The units of a tensor start at its first element, of a rank's shard at the first noise group that it has a
+// part of; pointers and elements of a task count from its first unit.
 struct Task {
   void* theta;
   void* momentum;
@@ -31,23 +31,25 @@ struct Task {
 template <class Parameter>
 constexpr uint32_t kUnit = sizeof(Parameter) == 2 ? 8 : 4;
 
+constexpr int32_t kAnyFormat = -1;
+
 // The task for elements [begin, end) of a tensor whose chain is at temperature T0 scale^2 and keeps
 // `momentum` of p.
-template <Integrator integrator>
+template <Integrator integrator, int32_t known_format>
 CTLD_DEVICE void make_task(Task& task, const StepArguments& a, double momentum, Rates rates,
                            const TableEntry& entry, const void* gradient, uint64_t begin, uint64_t end,
                            double scale, double rescale) {
-  const auto format = static_cast<Format>(entry.format);
-  const uint32_t bytes = parameter_bytes(format), unit = bytes == 2 ? 8 : 4;
+  const auto format = static_cast<Format>(known_format == kAnyFormat ? entry.format : known_format);
+  const uint32_t bytes = parameter_bytes(format), unit = unit_of(format);
   const uint64_t origin = begin - begin % unit;
   const GroupCoefficients& g = group_of(a, entry.group).coefficients;
   const uint64_t step = static_cast<uint64_t>(*a.state.step);
   task.theta = static_cast<char*>(entry.theta) + origin * bytes;
   task.momentum = static_cast<char*>(entry.momentum) + origin * momentum_bytes(format);
   task.gradient = gradient == nullptr ? nullptr : static_cast<const char*>(gradient) + origin * bytes;
-  task.begin = static_cast<uint32_t>(begin - origin);
+  task.begin = begin == 0 ? entry.skipped : static_cast<uint32_t>(begin - origin);
   task.end = static_cast<uint32_t>(end - origin);
-  task.first_group = static_cast<uint32_t>(origin >> 2);
+  task.first_group = entry.first_group + static_cast<uint32_t>(origin >> 2);
   task.group = entry.group;
   task.noise = make_counter(step, kParameterNoise, entry.index);
   task.rounding = make_counter(step, kRounding, entry.index);

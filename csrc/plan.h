@@ -10,6 +10,8 @@ namespace ctld {
 // What stays the same from step to step of one parameter.
 struct TensorInfo {
   int64_t numel;
+  int64_t first;   // its first element's index in the whole parameter, if it is one rank's shard; else 0
+  bool counted;    // whether its energies belong into the sums: not those of another rank's replica
   uint32_t index;  // noise index
   uint32_t group;
   Format format;

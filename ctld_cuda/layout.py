@@ -7,7 +7,7 @@ its outermost dimension; otherwise in row-major order, through a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,9 @@ class FlatTensor(NamedTuple):
     """One parameter as a backend sees it: 1-d, contiguous, all of the same order of elements.
 
     ``index`` is the parameter's position over all groups (the noise index), ``group`` its group.
-    ``gradient`` is None where the parameter has none this step.
+    ``gradient`` is None where the parameter has none this step. ``first`` is the first element's index in
+    the whole parameter, of which this may be one rank's shard; ``counted`` whether its energies belong into
+    the sums, as those of one replica do.
     """
 
     theta: Tensor
@@ -26,6 +28,8 @@ class FlatTensor(NamedTuple):
     gradient: Tensor | None
     index: int
     group: int
+    first: int = 0
+    counted: bool = True
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -66,7 +70,15 @@ def momentum_dtype_of(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.d
 
 
 class Slot:
-    """One parameter with its momentum; keeps the copies that unusual memory layouts need."""
+    """One parameter with its momentum; keeps the copies that unusual memory layouts need.
+
+    ``source`` is what the user gave, ``parameter`` the part of it that this process steps: the same, except
+    for :class:`ctld_cuda.distributed.ShardedSlot`.
+    """
+
+    # as in FlatTensor
+    first = 0
+    counted = True
 
     def __init__(
         self,
@@ -77,13 +89,14 @@ class Slot:
         chains: int,
         momentum_dtype: torch.dtype | None = None,
     ) -> None:
-        self.parameter = parameter
+        self.source = parameter
+        self.parameter = parameter = self.local(parameter)
         self.index = index
         self.group = group
         self.dtype = parameter.dtype
         self.shape = parameter.shape
         self.strides = parameter.stride()
-        self.direct = in_memory_order(parameter, chains)
+        self.direct = self.in_order(chains)
         # a gradient with these is used as it is
         self.usual_strides = self.strides if self.direct else None
         self.empty = parameter.numel() == 0
@@ -96,6 +109,30 @@ class Slot:
         self.momentum_address = self.momentum.data_ptr()
         self._staged_parameter: Tensor | None = None
         self._staged_gradient: Tensor | None = None
+
+    def local(self, x: Tensor) -> Tensor:
+        """The part of ``source`` that this process steps."""
+        return x
+
+    def local_gradient(self) -> Tensor | None:
+        """Its gradient."""
+        return self.source.grad
+
+    def in_order(self, chains: int) -> bool:
+        """Whether the elements are in the order of the backends in memory."""
+        return in_memory_order(self.parameter, chains)
+
+    def versions(self) -> Any:
+        """Changes with every write to the parameter that autograd hears of."""
+        return self.source._version
+
+    def load_momentum(self, saved: Tensor) -> None:
+        """Copies a momentum of the parameter's shape into this one's memory."""
+        self.momentum.copy_(saved)
+
+    def stored_momentum(self) -> Tensor:
+        """The momentum as the optimizer's state shows it."""
+        return self.momentum
 
     def _strided(self, dtype: torch.dtype) -> Tensor:
         """An empty tensor of the parameter's shape in the element order of the backends."""
@@ -110,8 +147,8 @@ class Slot:
         Raises:
             RuntimeError: if it was moved or converted since the optimizer took it.
         """
-        p = self.parameter
-        self.active = p.requires_grad and not self.empty
+        self.parameter = p = self.local(self.source)
+        self.active = self.source.requires_grad and not self.empty
         address = None if self.empty else p.data_ptr()
         layout_kept = p.stride() == self.strides and p.shape == self.shape
         if address == self.address and layout_kept:
@@ -139,7 +176,7 @@ class Slot:
 
     def gradient(self) -> Tensor | None:
         """The gradient in the order of :meth:`theta`: the tensor itself, or a copy if its strides differ."""
-        g = self.parameter.grad
+        g = self.local_gradient()
         if g is None:
             return None
         if (g.stride() == self.strides) if self.direct else g.is_contiguous():
@@ -156,6 +193,8 @@ class Slot:
             gradient=None if gradient is None else flat_view(gradient.detach()),
             index=self.index,
             group=self.group,
+            first=self.first,
+            counted=self.counted,
         )
 
 
@@ -185,7 +224,7 @@ def inspect(slots: Sequence[Slot], check: Callable[[Tensor, int], None]) -> list
             slot.active = True
             gradients.append(g)
         else:
-            check(p, slot.index)
+            check(slot.source, slot.index)
             slot.inspect()
             gradients.append(slot.gradient() if slot.active else None)
     return gradients

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import backends, diagnostics, validation
+from . import backends, diagnostics, distributed, validation
 from .backends.interface import LiveRate, StepInputs
 from .layout import Slot, inspect
 from .reference import (
     Coefficients,
     Settings,
+    adapt_friction,
     explore_coefficients,
     finetune_coefficients,
     momentum_unit,
@@ -73,6 +74,10 @@ class CTLD(Optimizer):
         thermostat: absorb the heat of noisy gradients: a Nose-Hoover thermostat for each parameter group
             (SGNHT; Ding et al. 2014) adds friction until the parameters are sampled at the temperature asked
             for. Needs momentum > 0. Off by default, because exact gradients need none.
+        process_group: the ranks that step the same parameters together and share one energy, the mean of
+            their losses: "auto", the default process group where torch.distributed is initialized, or a
+            ProcessGroup. None: this process samples on its own. DTensor parameters (FSDP2) name their ranks
+            themselves.
 
     A learning rate that is a tensor on the GPU is read by the GPU, so a captured CUDA graph follows it. With
     ``torch.amp.GradScaler`` call ``scaler.step(optimizer, loss=loss)`` with the unscaled loss: the kernel
@@ -105,7 +110,9 @@ class CTLD(Optimizer):
         stochastic_rounding: bool = True,
         momentum_dtype: torch.dtype | None = None,
         thermostat: bool = False,
+        process_group: Any = "auto",
     ) -> None:
+        distributed.check_group(process_group)
         validation.flag("thermostat", thermostat)
         validation.rounding(stochastic_rounding, momentum_dtype)
         validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
@@ -119,6 +126,7 @@ class CTLD(Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.momentum_dtype = momentum_dtype
         self.thermostat = thermostat
+        self.process_group = process_group
         self.phase = EXPLORE if temperature > 0 else FINETUNE
         self._backend_name = backend
         self._explored = 0
@@ -127,8 +135,8 @@ class CTLD(Optimizer):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         validation.hyper_parameters(defaults)
         # momentum_unit: scale of p in the noise-free phase, fixed on entry; last_lr: last positive lr;
-        # tensors where lr is read on the device
-        super().__init__(params, defaults | dict(momentum_unit=None, last_lr=None))
+        # tensors where lr is read on the device. sampler: where the state_dict has the sampler's state
+        super().__init__(params, defaults | dict(momentum_unit=None, last_lr=None, sampler=None))
         self._backend_name = backends.choose(backend, self._device)
         self._constants = self._resolve()
         self._sampler = self._initial_state(self._constants.bins)
@@ -190,6 +198,7 @@ class CTLD(Optimizer):
         """Drops what can be rebuilt: slots, backend and the knowledge whose prior energy is stored."""
         self._slots: list[Slot] | None = None
         self._backend: Any = None
+        self._ranks: distributed.Ranks | None = None
         self._prior_of: tuple | None = None
         self._reported_flags = 0
 
@@ -199,7 +208,7 @@ class CTLD(Optimizer):
         self._slots = []
         for group_index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                slot = Slot(
+                slot = distributed.slot_of(
                     p,
                     self.state[p].get("momentum_buffer"),
                     len(self._slots),
@@ -207,18 +216,20 @@ class CTLD(Optimizer):
                     self.chains or 1,
                     self.momentum_dtype,
                 )
-                self.state[p]["momentum_buffer"] = slot.momentum
+                self.state[p]["momentum_buffer"] = slot.stored_momentum()
                 self._slots.append(slot)
+        self._ranks = distributed.ranks_of(self._slots, self.process_group)
         elements = [max(self._trainable([group]), 1.0) for group in self.param_groups]
-        settings = Settings(
+        self._settings = Settings(
             self.seed,
             self.integrator,
             self.stochastic_rounding,
             self.num_data,
             tuple(elements) if self.thermostat else (),
+            self._ranks is not None and self._ranks.sharded,
         )
         self._backend = backends.create(
-            self._backend_name, self._slots, self._sampler, self._constants, settings
+            self._backend_name, self._slots, self._sampler, self._constants, self._settings
         )
 
     @property
@@ -256,14 +267,19 @@ class CTLD(Optimizer):
         if self.phase == EXPLORE and self._explored == self.explore_steps:
             self.finetune()
         exploring = self.phase == EXPLORE
+        # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
+        moving = not exploring or any(isinstance(lr, Tensor) or lr > 0 for lr, _, _ in hypers)
         energy = (
             validation.loss(loss, self.chains, self._device)
-            if exploring and self.tempering is not None
+            if exploring and self.tempering is not None and (moving or loss is not None)
             else None
         )
         self._prepare()
         gradients = inspect(self._slots, validation.gradient)
+        if not moving:
+            return loss
         found_inf, grad_scale = self._scaler_says("found_inf"), self._scaler_says("grad_scale")
+        energy, found_inf = self._shared(energy, found_inf, hypers)
         if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
             self._explored += exploring  # as where only the device knows
             return loss
@@ -274,10 +290,32 @@ class CTLD(Optimizer):
         inputs = StepInputs(gradients, [], rates, energy, grad_scale, found_inf)
         if not exploring:
             self._finetune(hypers, inputs)
-        elif any(isinstance(lr, Tensor) or lr > 0 for lr, _, _ in hypers):
-            # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
+        else:
             self._explore(hypers, inputs)
         return loss
+
+    def _shared(
+        self,
+        energy: Tensor | None,
+        found_inf: Tensor | None,
+        hypers: list[tuple[float | Tensor, float, float]],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The energy and found_inf of all ranks together; makes sure that they agree."""
+        ranks = self._ranks
+        if ranks is None or (
+            energy is None and ranks.agreed and not (ranks.sharded and found_inf is not None)
+        ):
+            return energy, found_inf
+        rates = [("live" if isinstance(lr, Tensor) else lr, *others) for lr, *others in hypers]
+        settings = {"lr, momentum, weight_decay": rates, "phase": self.phase, "steps": self._explored}
+        if not ranks.agreed:
+            settings |= self._configuration() | {
+                "seed": self.seed,
+                "parameters": [(tuple(s.source.shape), s.dtype, s.group) for s in self._slots],
+                "state": {name: x.tolist() for name, x in self._sampler.tensors().items() if name != "prior"},
+                "values of the parameters": distributed.parameters_digest(self._slots),
+            }
+        return ranks.share(energy, found_inf, settings, self._sampler)
 
     def _scaler_says(self, name: str) -> Tensor | None:
         """An attribute that GradScaler sets: a tensor, on its own device, or the number 0 of no gradients."""
@@ -314,7 +352,14 @@ class CTLD(Optimizer):
             inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
         if self._prior_of != self._prior_key(inputs.groups):
             self._backend.reduce_prior_energy(inputs)
+        sharded = self._ranks is not None and self._ranks.sharded
+        if sharded and any(group.prior for group in inputs.groups):
+            self._ranks.sum_(self._sampler.prior)
         self._backend.explore(inputs)
+        if sharded:
+            self._ranks.add_up(self._sampler)
+            if self.thermostat:
+                adapt_friction(inputs.groups, self._sampler, self._constants, self._settings)
         self._explored += 1
         self._mark_written()
         self._prior_of = self._prior_key(inputs.groups)
@@ -348,20 +393,22 @@ class CTLD(Optimizer):
 
     def _mark_written(self) -> None:
         """Tells autograd that the parameters changed in place."""
-        torch.autograd.graph.increment_version([s.parameter for s in self._slots if s.active])
+        torch.autograd.graph.increment_version([s.source for s in self._slots if s.active])
 
     def _prior_key(self, groups: list[Coefficients]) -> tuple | None:
         """Identifies the parameter values and curvatures that a prior energy belongs to."""
         scales = tuple(group.prior for group in groups)
         if not any(scales):
             return scales
-        return scales + tuple(s.parameter._version if s.active else None for s in self._slots)
+        return scales + tuple(s.versions() if s.active else None for s in self._slots)
 
     def finetune(self) -> None:
         """Switches the noise off for good: from the next step on, plain momentum SGD. Keeps momenta."""
         if self.phase == EXPLORE:
             self.phase = FINETUNE
             self._sampler.temperature.zero_()
+            if self._ranks is not None:
+                self._ranks.agreed = False  # not if only some ranks do this
 
     def set_energy_noise(self, noise: float) -> None:
         """Replaces ``tempering.energy_noise`` from now on; see :class:`ctld_cuda.energy.EnergyGate`.
@@ -470,8 +517,9 @@ class CTLD(Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's optimizer state plus ``"sampler"``: alpha, the bias, counters, seed and settings.
+        """torch's optimizer state; ``"sampler"`` of the first group has alpha, bias, counters and settings.
 
+        (There, because ``torch.distributed.checkpoint`` keeps nothing besides groups and parameters.)
         As in every torch optimizer its tensors are the live ones: save it, or deepcopy it, before the next
         step.
 
@@ -480,7 +528,7 @@ class CTLD(Optimizer):
         """
         self._warn_about_run()
         state_dict = super().state_dict()
-        state_dict["sampler"] = self._sampler_dict()
+        state_dict["param_groups"][0]["sampler"] = self._sampler_dict()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -493,23 +541,24 @@ class CTLD(Optimizer):
         """
         with self._hooks_run_here(state_dict) as state_dict:
             saved_momenta = self._check_fits(state_dict)
+            sampler = state_dict["param_groups"][0]["sampler"]
             self._prepare()
-            momenta = [slot.momentum for slot in self._slots]
             live = [
                 {name: group[name] for name in ("lr", "last_lr", "momentum_unit")}
                 for group in self.param_groups
             ]
-            super().load_state_dict({**state_dict, "state": {}})
-            for slot, momentum, saved in zip(self._slots, momenta, saved_momenta, strict=True):
+            groups = [{**group, "sampler": None} for group in state_dict["param_groups"]]
+            super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+            for slot, saved in zip(self._slots, saved_momenta, strict=True):
                 # in place and here, because the base class casts to the parameter's dtype
-                momentum.zero_() if saved is None else momentum.copy_(saved)
-                self.state[slot.parameter]["momentum_buffer"] = momentum
+                slot.momentum.zero_() if saved is None else slot.load_momentum(saved)
+                self.state[slot.source]["momentum_buffer"] = slot.stored_momentum()
             for group, own in zip(self.param_groups, live, strict=True):
                 for name, tensor in own.items():
                     if isinstance(tensor, Tensor):  # in place: a captured graph reads this memory
                         value = torch.as_tensor(group[name] or 0.0, dtype=torch.float64)
                         group[name] = tensor.copy_(value.reshape(tensor.shape))
-            self._load_sampler(state_dict["sampler"])
+            self._load_sampler(sampler)
 
     @contextlib.contextmanager
     def _hooks_run_here(self, state_dict: dict[str, Any]):
@@ -530,9 +579,11 @@ class CTLD(Optimizer):
 
     def _check_fits(self, state_dict: dict[str, Any]) -> list[Tensor | None]:
         """The saved momenta in the order of our parameters, if everything fits."""
-        missing = {"state", "param_groups", "sampler"} - set(state_dict)
+        missing = {"state", "param_groups"} - set(state_dict)
         if missing:
             raise ValueError(f"state_dict has no {sorted(missing)}: it is not from CTLD.state_dict()")
+        if not any(group.get("sampler") for group in state_dict["param_groups"][:1]):
+            raise ValueError("state_dict has no sampler: it is not from CTLD.state_dict()")
         sizes = [len(g["params"]) for g in self.param_groups]
         saved_sizes = [len(g["params"]) for g in state_dict["param_groups"]]
         if sizes != saved_sizes:
@@ -542,7 +593,7 @@ class CTLD(Optimizer):
             if absent:
                 raise ValueError(f"state_dict: a parameter group has no {sorted(absent)}")
             validation.hyper_parameters(group)
-        sampler = state_dict["sampler"]
+        sampler = state_dict["param_groups"][0]["sampler"]
         expected = self._sampler_dict()
         if not isinstance(sampler, dict) or set(sampler) != set(expected):
             raise ValueError(f"state_dict: 'sampler' must be a dict with the entries {sorted(expected)}")
@@ -599,6 +650,8 @@ class CTLD(Optimizer):
                         "thermostat",
                     )
                 },
+                # a process group belongs to its processes
+                "process_group": None if self.process_group is None else "auto",
                 "backend": self._backend_name,
                 "sampler": self._sampler_dict(),
             }
@@ -611,6 +664,7 @@ class CTLD(Optimizer):
             return
         self.__dict__.update(own["settings"])
         self._backend_name = own["backend"]
+        self.process_group = own["process_group"]
         tensors = own["sampler"]["tensors"]
         bins = tensors["visits"].numel()
         self._sampler = self._initial_state(bins)

@@ -59,13 +59,16 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def random_words(seed: int, step: int | Tensor, stream: int, index: int, groups: int, device=None) -> Tensor:
-    """The four random words of each noise group of four elements, int64 (groups, 4).
+def random_words(
+    seed: int, step: int | Tensor, stream: int, index: int, numel: int, device=None, first: int = 0
+) -> Tensor:
+    """The four random words of each noise group that has some of the elements, int64 (groups, 4).
 
-    Key: low and high word of the 64-bit seed. Counter: (group, parameter index, low word of the step,
-    stream << 24 | bits 32..55 of the step).
+    Element e belongs to group e // 4; the elements are ``first`` ... first + numel - 1. Key: low and high
+    word of the 64-bit seed. Counter: (group, parameter index, low word of the step, stream << 24 | bits
+    32..55 of the step).
     """
-    group = torch.arange(groups, dtype=torch.int64, device=device)
+    group = torch.arange(first // 4, (first + numel + 3) // 4, dtype=torch.int64, device=device)
     fixed = (index, step & _WORD, stream << 24 | (step >> 32 & 0xFFFFFF))
     words = (torch.as_tensor(word, dtype=torch.int64, device=device).expand_as(group) for word in fixed)
     counter = torch.stack([group, *words], -1)
@@ -138,7 +141,9 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     return radius * _horner(z, _COS), radius * h * _horner(z, _SIN)
 
 
-def normal(seed: int, step: int | Tensor, stream: int, index: int, numel: int, device=None) -> Tensor:
+def normal(
+    seed: int, step: int | Tensor, stream: int, index: int, numel: int, device=None, first: int = 0
+) -> Tensor:
     """The noise of parameter ``index`` at ``step``: standard normals, float32 (numel,).
 
     Args:
@@ -147,11 +152,17 @@ def normal(seed: int, step: int | Tensor, stream: int, index: int, numel: int, d
         stream: 0 parameter noise, 1 stochastic rounding, 2 alpha noise (index 0, element = chain).
         index: position of the parameter over all groups at construction.
         numel: number of elements; element e is the (e mod 4)th normal of noise group e // 4.
+        first: index of the first element, which is not 0 for a rank's shard.
     """
-    words = random_words(seed, step, stream, index, (numel + 3) // 4, device)
-    first = box_muller(words[:, 0], words[:, 1])
-    second = box_muller(words[:, 2], words[:, 3])
-    return torch.stack((*first, *second), -1).reshape(-1)[:numel]
+    words = random_words(seed, step, stream, index, numel, device, first)
+    pair = box_muller(words[:, 0], words[:, 1])
+    next_pair = box_muller(words[:, 2], words[:, 3])
+    return _of_elements(torch.stack((*pair, *next_pair), -1), first, numel)
+
+
+def _of_elements(groups: Tensor, first: int, numel: int) -> Tensor:
+    """Elements ``first`` ... first + numel - 1, given whole noise groups, (groups, 4)."""
+    return groups.reshape(-1)[first % 4 : first % 4 + numel]
 
 
 # ------------------------------------------------------------------------------------- fixed-point sums
@@ -485,7 +496,8 @@ class Settings(NamedTuple):
 
     ``seed``: 64-bit seed of the noise. ``integrator``: "baoab" or "euler". ``stochastic_rounding``: of what
     is stored in bfloat16; otherwise to nearest. ``num_data``: N. ``group_elements``: with thermostats, the
-    elements of each parameter group that one chain has; otherwise empty.
+    elements of each parameter group that one chain has; otherwise empty. ``partial_sums``: the energies
+    summed are those of one rank; who adds them up then calls :func:`adapt_friction`.
     """
 
     seed: int
@@ -493,6 +505,7 @@ class Settings(NamedTuple):
     stochastic_rounding: bool
     num_data: float
     group_elements: tuple[float, ...] = ()
+    partial_sums: bool = False
 
 
 class Coefficients(NamedTuple):
@@ -636,9 +649,9 @@ def store(flat: FlatTensor, theta: Tensor, p: Tensor, state: State, settings: Se
     """
     theta, p = theta.reshape(-1), p.reshape(-1)
     if settings.stochastic_rounding and flat.theta.dtype == torch.bfloat16:
-        groups = (theta.numel() + 3) // 4
-        words = random_words(settings.seed, state.step, STREAM_ROUNDING, flat.index, groups, theta.device)
-        words = words.reshape(-1)[: theta.numel()]
+        elements = flat.index, theta.numel(), theta.device, flat.first
+        words = random_words(settings.seed, state.step, STREAM_ROUNDING, *elements)
+        words = _of_elements(words, flat.first, theta.numel())
         theta = round_stochastically(theta, words & 0xFFFF)
         if flat.momentum.dtype == torch.bfloat16:
             p = round_stochastically(p, words >> 16)
@@ -658,7 +671,8 @@ def explore_tensor(flat, coefficients, scale, rescale, state, c, settings, unsca
     k = coefficients.gradient * whole_kick(momentum, rescale, settings.integrator)
     k = k.to(theta.dtype).view(-1, 1)
     s = (coefficients.noise * scale).to(theta.dtype).view(-1, 1)
-    xi = normal(settings.seed, state.step, STREAM_PARAMETERS, flat.index, theta.numel(), theta.device)
+    elements = flat.index, theta.numel(), theta.device, flat.first
+    xi = normal(settings.seed, state.step, STREAM_PARAMETERS, *elements)
     xi = xi.to(theta.dtype).view_as(theta)
     g = _gradient(flat, theta, unscale)
     if coefficients.weight_decay != 0.0:
@@ -680,7 +694,8 @@ def add_kinetic_energy(flat: FlatTensor, state: State, c: TemperingConstants) ->
     chains, sums = state.kinetic.shape
     p = flat.momentum.to(compute_dtype(flat.momentum))
     energy, saturated = half_square_quanta(p, _scalar(2.0 ** (c.kinetic_exponent - 1), p).view(()), chains)
-    state.kinetic[:, flat.group if sums > 1 else 0] += energy
+    if flat.counted:
+        state.kinetic[:, flat.group if sums > 1 else 0] += energy
     _raise_flag(state, KINETIC_SATURATED, saturated)
     _raise_flag(state, NONFINITE_PARAMETER, ~torch.isfinite(p).all())
 
@@ -691,7 +706,8 @@ def add_prior_energy(flat: FlatTensor, prior: float, state: State) -> None:
         return
     theta = flat.theta.to(compute_dtype(flat.theta))
     energy, saturated = half_square_quanta(theta, _scalar(prior, theta).view(()), state.prior.numel())
-    state.prior += energy
+    if flat.counted:
+        state.prior += energy
     _raise_flag(state, PRIOR_SATURATED, saturated)
 
 
@@ -724,7 +740,7 @@ def explore(
     state.prior.zero_()
     for flat in flats:
         explore_tensor(flat, groups[flat.group], scale, rescale, state, c, settings, unscale)
-    if settings.group_elements:
+    if settings.group_elements and not settings.partial_sums:
         adapt_friction(groups, state, c, settings)
     state.step += 1
 

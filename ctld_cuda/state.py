@@ -13,6 +13,7 @@ PRIOR_SATURATED = 8
 ENERGY_OUT_OF_RANGE = 16
 INVALID_RATE = 32
 FRICTION_SATURATED = 64
+RANKS_DISAGREE = 128
 
 FLAG_MEANINGS = {
     NONFINITE_ENERGY: "a loss was not finite: alpha and the bias ignored that step of that chain",
@@ -23,6 +24,8 @@ FLAG_MEANINGS = {
     INVALID_RATE: "a learning rate on the device was negative or not finite: that step was left out",
     FRICTION_SATURATED: "the noise of the gradients is more than the thermostat's friction can absorb: "
     "use larger batches or a smaller lr",
+    RANKS_DISAGREE: "learning rates, or other settings, were not the same on all ranks: they have drifted "
+    "apart",
 }
 
 
@@ -42,7 +45,8 @@ class State:
         turns: alternating arrivals at the hottest bin and in the window, int64 (C,); a round trip is two.
         kinetic: kinetic energy in quanta, int64 (C, G), without thermostats (C, 1): of all groups together.
         friction: of the thermostats, float64 (C, G).
-        prior: prior energy of the current parameters in quanta, int64 (C,).
+        prior: prior energy of the current parameters in quanta, int64 (C,); of shards, between steps, this
+            rank's part.
         visits: alpha-histogram, int64 (B,).
         energy_mean: mean energy per bin in nats, float64 (B,); unvisited bins copy the nearest.
         energy_spread: mean absolute deviation from it, float64 (B,); likewise.

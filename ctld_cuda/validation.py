@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .distributed import check_parameter
 from .layout import overlaps
 from .tempering import Tempering
 
@@ -121,6 +122,7 @@ def parameters(new: Sequence[Any], device: torch.device | None, chains: int | No
             )
         if p.numel() > 2**34:
             raise ValueError(f"a parameter has {p.numel()} elements; the noise is defined for at most 2**34")
+        check_parameter(p, chains)
         if overlaps(p):
             raise ValueError("a parameter's elements share memory (expand): make it contiguous first")
         if chains is not None and (p.dim() == 0 or p.shape[0] != chains):

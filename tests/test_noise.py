@@ -122,7 +122,7 @@ def test_every_coordinate_changes_every_group():
         }.items()
         for bit in bits
     ]
-    groups = torch.cat([random_words(groups=1000, **v) for v in variants])
+    groups = torch.cat([random_words(numel=4000, **v) for v in variants])
     # 128-bit groups: a coincidence has probability 1e-30, so that 64 bits of each are enough to compare
     pairs = groups[:, 0] << 32 | groups[:, 1]
     assert pairs.unique().numel() == len(variants) * 1000

@@ -180,9 +180,17 @@ def without(key):
 
 def sampler(**changes):
     def change(state):
-        state["sampler"].update(changes)
+        state["param_groups"][0]["sampler"].update(changes)
 
     return change
+
+
+def without_sampler(state):
+    del state["param_groups"][0]["sampler"]
+
+
+def tables(state):
+    return state["param_groups"][0]["sampler"]["tensors"]
 
 
 def momentum_of_wrong_shape(state):
@@ -190,11 +198,11 @@ def momentum_of_wrong_shape(state):
 
 
 def table_of_wrong_size(state):
-    state["sampler"]["tensors"]["visits"] = torch.zeros(3, dtype=torch.int64)
+    tables(state)["visits"] = torch.zeros(3, dtype=torch.int64)
 
 
 def table_of_wrong_dtype(state):
-    state["sampler"]["tensors"]["visits"] = state["sampler"]["tensors"]["visits"].float()
+    tables(state)["visits"] = tables(state)["visits"].float()
 
 
 def negative_lr(state):
@@ -216,7 +224,7 @@ def one_group_less(state):
 @pytest.mark.parametrize(
     "change",
     [
-        without("sampler"),
+        without_sampler,
         without("state"),
         sampler(phase="dreaming"),
         sampler(seed=-1),

@@ -4,8 +4,10 @@ import pytest
 import simulated
 import torch
 from common import differing, make_parameters, run, snapshot, two_groups
+from conftest import require
 
 from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, Tempering
+from ctld_cuda.layout import Slot
 
 # around noise groups, 16-byte units and chunks (of 512 elements in small models)
 SIZES = [(0,), (1,), (3,), (4,), (5,), (7,), (8,), (9,), (511,), (512,), (513,), (1023,), (4099,)]
@@ -248,3 +250,31 @@ def test_too_many_groups_are_refused(monkeypatch):
 
 def snapshot_of(parameters):
     return [p.tolist() for p in parameters]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "simulated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"thermostat": True}])
+def test_one_rank_s_shards(monkeypatch, backend, dtype, options):
+    """Elements that begin anywhere in a noise group, and energies that other ranks count."""
+    shapes = [(511,), (1,), (700,), (33, 5), (9,)]
+    first = (1027, 6, 3, 2**33 + 5, 8)
+    if backend == "simulated":
+        simulated.install(monkeypatch)
+    else:
+        require(backend)
+
+    def final(name):
+        optimizer = CTLD(
+            make_parameters(shapes, dtype=dtype), weight_decay=0.1, num_data=20, backend=name, **options
+        )
+        return snapshot(run(optimizer, 4))
+
+    monkeypatch.setattr(Slot, "first", property(lambda slot: first[slot.index]))
+    monkeypatch.setattr(Slot, "counted", property(lambda slot: slot.index % 2 == 0))
+    shards = final("reference")
+    assert differing(shards, final("cpu")) == []
+    monkeypatch.setattr(Slot, "counted", True)
+    assert "kinetic" in differing(shards, final("cpu"))
+    monkeypatch.setattr(Slot, "first", 0)
+    assert "parameter 0.0" in differing(shards, final("cpu"))

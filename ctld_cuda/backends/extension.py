@@ -34,8 +34,11 @@ def plan_arguments(
     slots: Sequence[Slot], state: State, constants: TemperingConstants, settings: Settings
 ) -> tuple[object, ...]:
     """What all compiled plans are told first; the state's tensors must outlive the plan."""
-    infos = [(s.parameter.numel(), s.index, s.group, _FORMATS[s.dtype, s.momentum.dtype]) for s in slots]
+    infos = [
+        (s.parameter.numel(), s.first, s.counted, s.index, s.group, _FORMATS[s.dtype, s.momentum.dtype])
+        for s in slots
+    ]
     numbers = dataclasses.asdict(constants) | {"coupling": _COUPLINGS[constants.coupling]}
     chains = state.alpha.numel()
-    options = settings.seed, settings.stochastic_rounding, settings.group_elements
+    options = settings.seed, settings.stochastic_rounding, settings.group_elements, settings.partial_sums
     return infos, chains, numbers, state.addresses(), *options

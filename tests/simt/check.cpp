@@ -37,6 +37,7 @@ struct Scenario {
   bool sampling;
   bool aligned;
   bool thermostats = false;
+  int64_t first = 0;  // index of the first element, as in a shard
 };
 
 constexpr int32_t kBins = 12;
@@ -145,7 +146,8 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
   for (std::size_t i = 0; i < scenario.lengths.size(); ++i) {
     const Format format = scenario.formats[i % scenario.formats.size()];
     const int64_t n = scenario.lengths[i] * chains;
-    infos.push_back({n, static_cast<uint32_t>(i), static_cast<uint32_t>(i % kGroups), format});
+    infos.push_back(
+        {n, scenario.first, true, static_cast<uint32_t>(i), static_cast<uint32_t>(i % kGroups), format});
     if (scenario.thermostats) group_elements[i % kGroups] += static_cast<double>(scenario.lengths[i]);
     void* at[3];
     for (int part = 0; part < 3; ++part) {
@@ -158,8 +160,8 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
     }
     pointers.push_back({at[0], at[1], at[2]});
   }
-  CudaPlan plan(infos, chains, constants(chains), state.pointers, 0x123456789ull, true, group_elements, 10.0,
-                blocks);
+  CudaPlan plan(infos, chains, constants(chains), state.pointers, 0x123456789ull, true, group_elements, false,
+                10.0, blocks);
   Memory scratch(plan.scratch_bytes(), 0);
   std::memset(scratch.data(), 0, plan.scratch_bytes());
   plan.use_scratch(scratch.data());
@@ -214,9 +216,11 @@ int main(int count, char**) {
   different += check({"many chains", {1, 3, 7}, single, 21, true, true});
   different += check({"fine-tuning", {5, 9, 520}, single, 1, false, true});
   different += check({"thermostats", {1, 3, 130}, single, 3, true, true, true});
+  different += check({"shards", {1, 3, 5, 511, 513, 700}, single, 1, true, true, false, 1027});
   if (count > 1) return different;
   different += check({"all formats", {5, 9, 3, 6, 7, 520, 515, 516, 517, 519}, all, 1, true, true});
   different += check({"misaligned", {5, 9, 13, 6, 17, 31, 32, 33, 34, 35}, all, 1, true, false});
+  different += check({"shards of all formats", {5, 9, 13, 6, 17, 520}, all, 1, true, true, false, 6});
   different += check({"fine-tuning of all formats", {5, 9, 13, 6, 17, 520, 515}, all, 1, false, true});
   different += check({"few chains of all formats", {1, 3, 130, 4, 8}, all, 3, true, true});
   different += check({"many chains, float64", {1, 3, 7}, {Format::kFloat64}, 21, true, true});

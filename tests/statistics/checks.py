@@ -323,7 +323,7 @@ def in_equilibrium(case, chains, dimension, bias, seed, backend, step_size, lear
         backend=backend,
     )
     saved = optimizer.state_dict()
-    tensors = saved["sampler"]["tensors"]
+    tensors = saved["param_groups"][0]["sampler"]["tensors"]
     tensors["alpha"].copy_(alpha)
     tensors["alpha_momentum"].copy_(randn(chains))
     tensors["temperature"].copy_(case.temperature * q[:, 0] ** 2)

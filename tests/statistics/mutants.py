@@ -160,7 +160,7 @@ def shared_parameter_noise(original):
     def explore_tensor(flat, coefficients, scale, *rest):
         chains, normal = scale.numel(), reference.normal
 
-        def first_chain(seed, step, stream, index, numel, device=None):
+        def first_chain(seed, step, stream, index, numel, device=None, first=0):
             return normal(seed, step, stream, index, numel // chains, device).repeat(chains)
 
         with mock.patch.object(reference, "normal", first_chain):
@@ -170,10 +170,10 @@ def shared_parameter_noise(original):
 
 
 def shared_alpha_noise(original):
-    def normal(seed, step, stream, index, numel, device=None):
+    def normal(seed, step, stream, index, numel, device=None, first=0):
         if stream == reference.STREAM_ALPHA:
             return original(seed, step, stream, index, 1, device).repeat(numel)
-        return original(seed, step, stream, index, numel, device)
+        return original(seed, step, stream, index, numel, device, first)
 
     return normal
 
