@@ -222,7 +222,9 @@ def save(path, steps, flat, asynchronous, options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if asynchronous:
-            saving = dcp.async_save(states(model, optimizer, flat), checkpoint_id=path)
+            # in a group of its own: saving and training must not take each other's messages
+            own = dist.new_group()
+            saving = dcp.async_save(states(model, optimizer, flat), checkpoint_id=path, process_group=own)
             train(model, optimizer, 3, steps)  # must not reach the checkpoint
             saving.result()
         else:
@@ -342,3 +344,26 @@ def other_network(seed):
     """The error of ranks that begin at different parameters."""
     model = network(seed)
     return error_of(train, model, optimizer_of(model), 1)
+
+
+def die_while_saving(path, steps, options):
+    """Ends the process, as a kill would, when the first file of a checkpoint is about to be written."""
+    import os
+
+    from torch.distributed.checkpoint import filesystem
+
+    model = sharded_network()
+    optimizer = optimizer_of(model, **options)
+    train(model, optimizer, steps)
+    filesystem._write_item = lambda *_, **__: os._exit(9)
+    dcp.save(states(model, optimizer, False), checkpoint_id=path)
+
+
+def resume_another_model(path):
+    model = fully_shard(nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 6)))
+    optimizer = optimizer_of(model)
+    return error_of(lambda: dcp.load(states(model, optimizer, False), checkpoint_id=path))
+
+
+def resume_with_other_settings(path):
+    return error_of(resume, path, 0, 1, False, {"temperature": 2.0})

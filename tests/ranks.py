@@ -58,6 +58,14 @@ class Ranks:
         assert not failures, "\n".join(failures)
         return [result for _, result in answers]
 
+    def leave(self, function, *arguments) -> None:
+        """Runs a function that ends the processes."""
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__name__, arguments))
+        for process in self._processes:
+            process.join(TIMEOUT.seconds)
+            assert process.exitcode not in (None, 0)
+
     def close(self) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if process.is_alive():
