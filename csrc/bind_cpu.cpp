@@ -18,10 +18,11 @@ class BoundCpuPlan {
  public:
   BoundCpuPlan(const std::vector<Info>& tensors, int64_t chains, const Numbers& constants,
                const Addresses& state, uint64_t seed, bool stochastic,
-               const std::vector<double>& group_elements, const std::string& isa)
+               const std::vector<double>& group_elements, int64_t history_rows, double kinetic_unit,
+               const std::string& isa)
       : kinetic_(kinetic_quanta(constants_from(constants, chains))),
         plan_(infos_from(tensors), chains, constants_from(constants, chains), state_from(state), seed,
-              stochastic, group_elements, kernels_named(isa)),
+              stochastic, group_elements, {history_rows, kinetic_unit}, kernels_named(isa)),
         pointers_(tensors.size()) {}
 
   void explore(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups, bool baoab,
@@ -33,12 +34,12 @@ class BoundCpuPlan {
     plan_.explore(pointers_, coefficients, integrator, pointer<const double>(loss), unscale, threads);
   }
 
-  void finetune(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups, double unscale,
-                int threads) {
+  void finetune(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups, uintptr_t loss,
+                double unscale, int threads) {
     refresh(addresses);
     const auto coefficients = all_coefficients(groups, 0.0);
     py::gil_scoped_release release;
-    plan_.finetune(pointers_, coefficients, unscale, threads);
+    plan_.finetune(pointers_, coefficients, pointer<const double>(loss), unscale, threads);
   }
 
   void reduce_prior_energy(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups,
@@ -92,7 +93,7 @@ void normal(uint64_t seed, uint64_t step, uint32_t stream, uint32_t index, uint3
 void bind_cpu(py::module_& module) {
   py::class_<BoundCpuPlan>(module, "CpuPlan", py::module_local())
       .def(py::init<const std::vector<Info>&, int64_t, const Numbers&, const Addresses&, uint64_t, bool,
-                    const std::vector<double>&, const std::string&>())
+                    const std::vector<double>&, int64_t, double, const std::string&>())
       .def("explore", &BoundCpuPlan::explore)
       .def("finetune", &BoundCpuPlan::finetune)
       .def("reduce_prior_energy", &BoundCpuPlan::reduce_prior_energy);

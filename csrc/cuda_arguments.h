@@ -61,13 +61,14 @@ struct StepArguments {
   int64_t* learned;  // bin_sums_length(bins) numbers: a step's sums where they need no atomic operations
   TemperingConstants constants;
   RoundKeys keys;
+  Recording recording;
   double num_data;
   int64_t chains;
   const TableEntry* table;
   const uint32_t* first_chunk;  // of every table entry, and of one past the last
   // with thermostats: elements of each group that one chain has
   const double* group_elements;
-  const void* loss;
+  const void* loss;         // null: none; only without tempering
   const float* grad_scale;  // null: 1
   const float* found_inf;   // null: 0
   Number loss_type;

@@ -32,7 +32,7 @@ class CudaPlan {
   // Throws std::invalid_argument if there are more than kMaxGroups groups.
   CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
            const StatePointers& state, uint64_t seed, bool stochastic, std::vector<double> group_elements,
-           double num_data, uint32_t max_blocks);
+           Recording recording, double num_data, uint32_t max_blocks);
 
   // Device memory for use_scratch(): this many bytes, zero at first, and left alone afterwards.
   std::size_t scratch_bytes() const;

@@ -30,6 +30,15 @@ struct StatePointers {
   double* friction;
   int64_t *prior, *visits;
   double *energy_mean, *energy_spread, *hills, *alpha_kinetic;
+  double* history;
+  int64_t* recorded;
+};
+
+// How to write the history: `rows` in the ring, 0 for none; kinetic temperature per quantum of kinetic
+// energy.
+struct Recording {
+  int64_t rows;
+  double kinetic_unit;
 };
 
 }  // namespace ctld

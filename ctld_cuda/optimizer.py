@@ -19,6 +19,8 @@ from .reference import (
     Settings,
     explore_coefficients,
     finetune_coefficients,
+    kinetic_temperature,
+    kinetic_unit,
     momentum_unit,
 )
 from .state import State
@@ -73,6 +75,8 @@ class CTLD(Optimizer):
         thermostat: absorb the heat of noisy gradients: a Nose-Hoover thermostat for each parameter group
             (SGNHT; Ding et al. 2014) adds friction until the parameters are sampled at the temperature asked
             for. Needs momentum > 0. Off by default, because exact gradients need none.
+        history: keep alpha, T, energy and kinetic temperature of the last so many steps on the device, for
+            :meth:`history`; None: of none. 32 bytes per step and chain.
 
     A learning rate that is a tensor on the GPU is read by the GPU, so a captured CUDA graph follows it. With
     ``torch.amp.GradScaler`` call ``scaler.step(optimizer, loss=loss)`` with the unscaled loss: the kernel
@@ -105,8 +109,11 @@ class CTLD(Optimizer):
         stochastic_rounding: bool = True,
         momentum_dtype: torch.dtype | None = None,
         thermostat: bool = False,
+        history: int | None = None,
     ) -> None:
         validation.flag("thermostat", thermostat)
+        if history is not None:
+            validation.integer("history", history, 1)
         validation.rounding(stochastic_rounding, momentum_dtype)
         validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
         self.num_data = float(num_data)
@@ -119,6 +126,7 @@ class CTLD(Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.momentum_dtype = momentum_dtype
         self.thermostat = thermostat
+        self._history_steps = history or 0
         self.phase = EXPLORE if temperature > 0 else FINETUNE
         self._backend_name = backend
         self._explored = 0
@@ -163,7 +171,9 @@ class CTLD(Optimizer):
 
     def _initial_state(self, bins: int) -> State:
         thermostats = len(self.param_groups) if self.thermostat else 0
-        return State.initial(self.chains or 1, bins, self.temperature, self._device, thermostats)
+        return State.initial(
+            self.chains or 1, bins, self.temperature, self._device, thermostats, self._history_steps
+        )
 
     def _trainable(self, groups: Iterable[dict[str, Any]]) -> float:
         """Trainable elements of one chain."""
@@ -216,6 +226,7 @@ class CTLD(Optimizer):
             self.stochastic_rounding,
             self.num_data,
             tuple(elements) if self.thermostat else (),
+            kinetic_unit(self._dimension, self._constants),
         )
         self._backend = backends.create(
             self._backend_name, self._slots, self._sampler, self._constants, settings
@@ -256,9 +267,10 @@ class CTLD(Optimizer):
         if self.phase == EXPLORE and self._explored == self.explore_steps:
             self.finetune()
         exploring = self.phase == EXPLORE
+        needed = exploring and self.tempering is not None
         energy = (
             validation.loss(loss, self.chains, self._device)
-            if exploring and self.tempering is not None
+            if needed or (loss is not None and self._history_steps)
             else None
         )
         self._prepare()
@@ -405,7 +417,7 @@ class CTLD(Optimizer):
 
         in_window = state.alpha.abs() <= c.flat
         sampling = torch.full_like(in_window, self.phase == EXPLORE)
-        kinetic = state.kinetic.sum(1).double() * (2.0 * 2.0**-c.kinetic_exponent / max(self._dimension, 1.0))
+        kinetic = kinetic_temperature(state, kinetic_unit(self._dimension, c))
         result = {
             "alpha": per_chain(state.alpha),
             "alpha_momentum": per_chain(state.alpha_momentum),
@@ -429,6 +441,40 @@ class CTLD(Optimizer):
             "free_energy": diagnostics.free_energy(state, c),
             "free_energy_histogram": diagnostics.free_energy_histogram(state, c),
         }
+
+    def history(self) -> dict[str, Tensor]:
+        """The last steps, at most as many as the constructor's ``history``, oldest first.
+
+        One copy from the device to the host, which waits for the steps queued there; the steps themselves
+        write the history on the device and wait for nothing. A step that is left out (a GradScaler found
+        infinite gradients, all learning rates are 0, an invalid rate on the device) is not recorded. Not part
+        of :meth:`state_dict`: after loading a state, and in copies of an optimizer, the history is empty.
+
+        Returns:
+            Tensors on the CPU. ``step``, int64 (n,): steps done before, the counter of the noise. float64 (n, C),
+            or (n,) without chains: ``alpha``; ``temperature`` (0 once the noise is off); ``energy``, in nats,
+            of the parameters before the step: (num_data * loss + prior energy)/temperature as alpha feels
+            it, negative for ``maximize``, NaN where no loss was given. The prior energy is that of
+            ``weight_decay``, counted while exploring with tempering only; without noise from the start
+            (temperature=0) the energy is num_data * loss. ``kinetic_temperature``: mean squared momentum
+            after the step, NaN without noise.
+
+        Raises:
+            ValueError: if the optimizer was constructed without ``history``.
+        """
+        if not self._history_steps:
+            raise ValueError("there is no history: construct with history=K to keep the last K steps")
+        s = self._sampler
+        # the counters are exact in float64 up to 2**53
+        everything = torch.cat((s.history.view(-1), torch.stack((s.recorded, s.step)).double())).cpu()
+        recorded, step = (int(counter) for counter in everything[-2:])
+        rows = everything[:-2].view(s.history.shape)
+        n = min(recorded, self._history_steps)
+        rows = rows[:n].roll(-(recorded % n), 0) if n else rows[:0]
+        if self.chains is None:
+            rows = rows[:, 0]
+        columns = dict(zip(("alpha", "temperature", "energy", "kinetic_temperature"), rows.unbind(-1)))
+        return {"step": torch.arange(step - n, step)} | columns
 
     def _warn_about_run(self) -> None:
         flags = int(self._sampler.flags)
@@ -597,6 +643,7 @@ class CTLD(Optimizer):
                         "stochastic_rounding",
                         "momentum_dtype",
                         "thermostat",
+                        "_history_steps",
                     )
                 },
                 "backend": self._backend_name,

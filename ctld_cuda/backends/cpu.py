@@ -42,7 +42,7 @@ class CpuBackend:
 
     def explore(self, inputs: StepInputs) -> None:
         """One sampling step."""
-        loss = None if inputs.loss is None else inputs.loss.double()
+        loss = _in_float64(inputs.loss)
         address = 0 if loss is None else loss.data_ptr()
         addresses = self._addresses(inputs)
         threads = torch.get_num_threads()
@@ -51,8 +51,10 @@ class CpuBackend:
 
     def finetune(self, inputs: StepInputs) -> None:
         """One noise-free step."""
+        loss = _in_float64(inputs.loss)
+        address = 0 if loss is None else loss.data_ptr()
         addresses = self._addresses(inputs)
-        self._plan.finetune(addresses, inputs.groups, _unscale(inputs), torch.get_num_threads())
+        self._plan.finetune(addresses, inputs.groups, address, _unscale(inputs), torch.get_num_threads())
         self._commit()
 
     def reduce_prior_energy(self, inputs: StepInputs) -> None:
@@ -75,6 +77,10 @@ class CpuBackend:
         for slot in self._staged:
             if slot.active:
                 slot.commit()
+
+
+def _in_float64(loss: torch.Tensor | None) -> torch.Tensor | None:
+    return None if loss is None else loss.double()
 
 
 def _unscale(inputs: StepInputs) -> float:

@@ -38,4 +38,5 @@ def plan_arguments(
     numbers = dataclasses.asdict(constants) | {"coupling": _COUPLINGS[constants.coupling]}
     chains = state.alpha.numel()
     options = settings.seed, settings.stochastic_rounding, settings.group_elements
-    return infos, chains, numbers, state.addresses(), *options
+    history = state.history.shape[0], settings.kinetic_unit
+    return infos, chains, numbers, state.addresses(), *options, *history

@@ -30,7 +30,8 @@ class StepInputs(NamedTuple):
         groups: scalars of each parameter group. Where ``rates`` has a LiveRate, ``gradient`` is only the
             sign (-1 for maximize) and ``drift`` has no meaning: both follow from the learning rate.
         rates: for each group a LiveRate or None; only backends with ``on_device`` get any.
-        loss: energies of the chains, any floating type, (C,) and contiguous; None without tempering.
+        loss: mean losses of the chains, any floating type, (C,) and contiguous; None where neither alpha nor the
+            history needs them.
         grad_scale: the gradients are this many times too large, float32 (); or None.
         found_inf: nothing must change if this is not 0, float32 (); or None. Only for ``on_device``.
     """
