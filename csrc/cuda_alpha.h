@@ -36,19 +36,6 @@ CTLD_DEVICE int64_t warp_sum(int64_t x) {
 
 // --------------------------------------------------------------------------------------- inputs
 
-CTLD_DEVICE double read_number(const void* from, Number type, int64_t i) {
-  switch (type) {
-    case Number::kFloat32:
-      return static_cast<const float*>(from)[i];
-    case Number::kFloat64:
-      return static_cast<const double*>(from)[i];
-    case Number::kBFloat16:
-      return load(static_cast<const BFloat16*>(from)[i]);
-    default:
-      return load(static_cast<const Float16*>(from)[i]);
-  }
-}
-
 CTLD_DEVICE const GroupArguments& group_of(const StepArguments& a, uint32_t group) {
   return reinterpret_cast<const GroupArguments*>(a.arena)[group];
 }
@@ -237,6 +224,7 @@ CTLD_DEVICE double* entry_of(const StepArguments& a, uint32_t chain) {
 
 // Before the prior energy is replaced by that of the parameters written.
 CTLD_DEVICE void record_energy(const StepArguments& a, uint32_t chain) {
+  if (a.recording.rows == 0) return;
   double energy = unknown();
   if (a.loss != nullptr)
     energy = potential_energy(read_number(a.loss, a.loss_type, chain), a.state.prior[chain], a.constants);
@@ -260,7 +248,6 @@ CTLD_DEVICE void record_chain(const StepArguments& a, uint32_t chain) {
 
 // By the last block, before and after it has committed the chains.
 CTLD_DEVICE void record_energies(const StepArguments& a) {
-  if (a.recording.rows == 0) return;
   for (uint32_t chain = thread(); chain < static_cast<uint32_t>(a.chains); chain += kThreads) {
     record_energy(a, chain);
   }
@@ -268,7 +255,6 @@ CTLD_DEVICE void record_energies(const StepArguments& a) {
 }
 
 CTLD_DEVICE void record_chains(const StepArguments& a) {
-  if (a.recording.rows == 0) return;
   CTLD_FORGET_MEMORY();
   for (uint32_t chain = thread(); chain < static_cast<uint32_t>(a.chains); chain += kThreads) {
     record_chain(a, chain);

@@ -29,9 +29,6 @@ struct TableEntry {
   uint16_t format;
 };
 
-// The type of a floating-point number that only the device reads.
-enum class Number : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
 // A group's learning rate in device memory; lr is null where the host has computed the rates.
 struct LiveRate {
   const void* lr;

@@ -15,6 +15,22 @@ struct TensorInfo {
   Format format;
 };
 
+// The type of a floating-point number that is read where it is.
+enum class Number : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+CTLD_HD double read_number(const void* from, Number type, int64_t i) {
+  switch (type) {
+    case Number::kFloat32:
+      return static_cast<const float*>(from)[i];
+    case Number::kFloat64:
+      return static_cast<const double*>(from)[i];
+    case Number::kBFloat16:
+      return load(static_cast<const BFloat16*>(from)[i]);
+    default:
+      return load(static_cast<const Float16*>(from)[i]);
+  }
+}
+
 // Where one parameter is this step; theta == nullptr leaves it out, gradient == nullptr means zero.
 struct TensorPointers {
   void* theta;

@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends, diagnostics, validation
 from .backends.interface import LiveRate, StepInputs
-from .layout import Slot, inspect
+from .layout import Inspector, Slot
 from .reference import (
     Coefficients,
     Settings,
@@ -27,6 +29,14 @@ from .state import State
 from .tempering import Tempering, TemperingConstants, resolve
 
 Tensor = torch.Tensor
+# learning rate, momentum, weight decay
+Hypers = tuple[float | Tensor, float, float]
+
+_version = attrgetter("_version")
+_NO_GRADIENTS = (
+    "CTLD: no parameter has a gradient, so all of them only feel the noise: call loss.backward() before "
+    "step(), and zero_grad() after it"
+)
 
 EXPLORE, FINETUNE = "explore", "finetune"
 
@@ -199,7 +209,11 @@ class CTLD(Optimizer):
     def _forget_derived(self) -> None:
         """Drops what can be rebuilt: slots, backend and the knowledge whose prior energy is stored."""
         self._slots: list[Slot] | None = None
+        self._inspector: Inspector | None = None
         self._backend: Any = None
+        # what they were worked out of, and the coefficients of all groups
+        self._coefficients_of: tuple | None = None
+        self._coefficients_found: list[Coefficients] = []
         self._prior_of: tuple | None = None
         self._reported_flags = 0
 
@@ -219,6 +233,7 @@ class CTLD(Optimizer):
                 )
                 self.state[p]["momentum_buffer"] = slot.momentum
                 self._slots.append(slot)
+        self._inspector = Inspector(self._slots, validation.gradient)
         elements = [max(self._trainable([group]), 1.0) for group in self.param_groups]
         settings = Settings(
             self.seed,
@@ -239,7 +254,6 @@ class CTLD(Optimizer):
 
     # ----------------------------------------------------------------------------------- stepping
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         """One step.
 
@@ -255,14 +269,42 @@ class CTLD(Optimizer):
             ValueError: tempering without a loss, a loss of the wrong shape, bad hyper-parameters.
             TypeError, RuntimeError: unsuitable gradients, or a model converted after construction.
         """
+        if self._watched():
+            # hooks are shown the arguments as they were given
+            arguments = () if closure is None else (closure,)
+            return self._watched_step(*arguments, **({} if loss is None else {"loss": loss}))
+        return self._step(closure, loss=loss)
+
+    # torch wraps step() to run hooks and to show a range to the profiler: watched_step does both
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _watched(self) -> bool:
+        """Whether hooks or a profiler wait for a step: telling the profiler costs more than all the rest."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )
+
+    def _step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         if closure is not None:
             if loss is not None:
                 raise ValueError("give step() a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
+        with torch.no_grad():
+            self._advance(loss)
+        return loss
+
+    _watched_step = Optimizer.profile_hook_step(_step)
+
+    def _advance(self, loss: Any) -> None:
         hypers = [validation.hyper_parameters(group, self._live_on) for group in self.param_groups]
-        for _, momentum, _ in hypers:
-            validation.thermostat(self.thermostat, momentum)
+        if self.thermostat:
+            for _, momentum, _ in hypers:
+                validation.thermostat(self.thermostat, momentum)
         self._check_capture()
         if self.phase == EXPLORE and self._explored == self.explore_steps:
             self.finetune()
@@ -274,22 +316,32 @@ class CTLD(Optimizer):
             else None
         )
         self._prepare()
-        gradients = inspect(self._slots, validation.gradient)
+        found = self._inspector.look()
+        if exploring and found.parameters and not any(found.gradient_addresses):
+            warnings.warn(_NO_GRADIENTS, RuntimeWarning, stacklevel=4)
         found_inf, grad_scale = self._scaler_says("found_inf"), self._scaler_says("grad_scale")
         if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
             self._explored += exploring  # as where only the device knows
-            return loss
+            return
         rates = [
             self._live_rate(group, lr) if isinstance(lr, Tensor) else None
             for group, (lr, _, _) in zip(self.param_groups, hypers, strict=True)
         ]
-        inputs = StepInputs(gradients, [], rates, energy, grad_scale, found_inf)
+        inputs = StepInputs(
+            found, self._coefficients(hypers, exploring), rates, energy, grad_scale, found_inf
+        )
         if not exploring:
-            self._finetune(hypers, inputs)
+            self._backend.finetune(inputs)
         elif any(isinstance(lr, Tensor) or lr > 0 for lr, _, _ in hypers):
             # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
-            self._explore(hypers, inputs)
-        return loss
+            self._explore(inputs)
+        else:
+            return
+        # tells autograd that the parameters changed in place
+        torch.autograd.graph.increment_version(found.parameters)
+        if exploring:
+            self._explored += 1
+            self._prior_of = self._prior_key(inputs)
 
     def _scaler_says(self, name: str) -> Tensor | None:
         """An attribute that GradScaler sets: a tensor, on its own device, or the number 0 of no gradients."""
@@ -309,45 +361,64 @@ class CTLD(Optimizer):
                 "explore_steps=None, call finetune() when it is time, and capture again"
             )
 
-    def _explore(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
-        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
-            live = isinstance(lr, Tensor)
-            if not live:
-                group["last_lr"] = lr if lr > 0 else group["last_lr"]
-            coefficients = explore_coefficients(
-                self.integrator,
-                lr=1.0 if live else lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                num_data=self.num_data,
-                c=self._constants,
-                maximize=group["maximize"],
-            )
-            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
-        if self._prior_of != self._prior_key(inputs.groups):
+    def _explore(self, inputs: StepInputs) -> None:
+        if self._prior_of != self._prior_key(inputs):
             self._backend.reduce_prior_energy(inputs)
         self._backend.explore(inputs)
-        self._explored += 1
-        self._mark_written()
-        self._prior_of = self._prior_key(inputs.groups)
 
-    def _finetune(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
-        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
-            live = isinstance(lr, Tensor)
-            if not live and not group["momentum_unit"]:  # the first step of this phase
+    def _coefficients(self, hypers: list[Hypers], exploring: bool) -> list[Coefficients]:
+        """Those of all groups, worked out anew only if something they depend on has changed."""
+        groups = self.param_groups
+        for group, (lr, momentum, _) in zip(groups, hypers, strict=True):
+            if isinstance(lr, Tensor):
+                continue
+            if exploring:
+                group["last_lr"] = lr if lr > 0 else group["last_lr"]
+            elif not group["momentum_unit"]:  # the first step of this phase
                 # without a positive lr so far any unit serves: it cancels in theta
                 reference_lr = float(group["last_lr"] or 0.0) or lr or 1.0
                 group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
-            coefficients = finetune_coefficients(
-                lr=0.0 if live else lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                unit=1.0 if live else float(group["momentum_unit"]),
-                maximize=group["maximize"],
-            )
-            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
-        self._backend.finetune(inputs)
-        self._mark_written()
+        # a live rate's value is none of the host's business
+        numbers = [(None, *rest) if isinstance(lr, Tensor) else (lr, *rest) for lr, *rest in hypers]
+        signs = [group["maximize"] for group in groups]
+        units = None
+        if not exploring:
+            units = [
+                None if isinstance(lr, Tensor) else float(group["momentum_unit"])
+                for group, (lr, _, _) in zip(groups, hypers, strict=True)
+            ]
+        key = (exploring, self.integrator, self.num_data, self._constants, numbers, signs, units)
+        if key != self._coefficients_of:
+            of = self._explore_coefficients if exploring else self._finetune_coefficients
+            self._coefficients_found = [of(group, hyper) for group, hyper in zip(groups, hypers, strict=True)]
+            self._coefficients_of = key
+        return self._coefficients_found
+
+    def _explore_coefficients(self, group: dict[str, Any], hyper: Hypers) -> Coefficients:
+        lr, momentum, weight_decay = hyper
+        live = isinstance(lr, Tensor)
+        coefficients = explore_coefficients(
+            self.integrator,
+            lr=1.0 if live else lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            num_data=self.num_data,
+            c=self._constants,
+            maximize=group["maximize"],
+        )
+        return _without_rate(coefficients, group) if live else coefficients
+
+    def _finetune_coefficients(self, group: dict[str, Any], hyper: Hypers) -> Coefficients:
+        lr, momentum, weight_decay = hyper
+        live = isinstance(lr, Tensor)
+        coefficients = finetune_coefficients(
+            lr=0.0 if live else lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            unit=1.0 if live else float(group["momentum_unit"]),
+            maximize=group["maximize"],
+        )
+        return _without_rate(coefficients, group) if live else coefficients
 
     def _live_rate(self, group: dict[str, Any], lr: Tensor) -> LiveRate:
         """Keeps what the device remembers about a learning rate in tensors of the group."""
@@ -358,16 +429,12 @@ class CTLD(Optimizer):
                 group[name] = torch.full((), value, dtype=torch.float64, device=self._device)
         return LiveRate(lr, group["last_lr"], group["momentum_unit"])
 
-    def _mark_written(self) -> None:
-        """Tells autograd that the parameters changed in place."""
-        torch.autograd.graph.increment_version([s.parameter for s in self._slots if s.active])
-
-    def _prior_key(self, groups: list[Coefficients]) -> tuple | None:
+    def _prior_key(self, inputs: StepInputs) -> tuple | None:
         """Identifies the parameter values and curvatures that a prior energy belongs to."""
-        scales = tuple(group.prior for group in groups)
+        scales = tuple(group.prior for group in inputs.groups)
         if not any(scales):
             return scales
-        return scales + tuple(s.parameter._version if s.active else None for s in self._slots)
+        return scales, inputs.found.active, list(map(_version, inputs.found.parameters))
 
     def finetune(self) -> None:
         """Switches the noise off for good: from the next step on, plain momentum SGD. Keeps momenta."""
@@ -451,9 +518,9 @@ class CTLD(Optimizer):
         of :meth:`state_dict`: after loading a state, and in copies of an optimizer, the history is empty.
 
         Returns:
-            Tensors on the CPU. ``step``, int64 (n,): steps done before, the counter of the noise. float64 (n, C),
-            or (n,) without chains: ``alpha``; ``temperature`` (0 once the noise is off); ``energy``, in nats,
-            of the parameters before the step: (num_data * loss + prior energy)/temperature as alpha feels
+            Tensors on the CPU. ``step``, int64 (n,): steps done before, the counter of the noise. float64
+            (n, C), or (n,) without chains: ``alpha``; ``temperature`` (0 once the noise is off); ``energy``, in
+            nats, of the parameters before the step: (num_data * loss + prior energy)/temperature as alpha feels
             it, negative for ``maximize``, NaN where no loss was given. The prior energy is that of
             ``weight_decay``, counted while exploring with tempering only; without noise from the start
             (temperature=0) the energy is num_data * loss. ``kinetic_temperature``: mean squared momentum
@@ -473,7 +540,8 @@ class CTLD(Optimizer):
         rows = rows[:n].roll(-(recorded % n), 0) if n else rows[:0]
         if self.chains is None:
             rows = rows[:, 0]
-        columns = dict(zip(("alpha", "temperature", "energy", "kinetic_temperature"), rows.unbind(-1)))
+        names = ("alpha", "temperature", "energy", "kinetic_temperature")
+        columns = dict(zip(names, rows.unbind(-1), strict=True))
         return {"step": torch.arange(step - n, step)} | columns
 
     def _warn_about_run(self) -> None:

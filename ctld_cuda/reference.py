@@ -490,8 +490,8 @@ class Settings(NamedTuple):
 
     ``seed``: 64-bit seed of the noise. ``integrator``: "baoab" or "euler". ``stochastic_rounding``: of what
     is stored in bfloat16; otherwise to nearest. ``num_data``: N. ``group_elements``: with thermostats, the
-    elements of each parameter group that one chain has; otherwise empty. ``kinetic_unit``: kinetic temperature
-    per quantum of a chain's kinetic energy, see :func:`kinetic_unit`.
+    elements of each parameter group that one chain has; otherwise empty. ``kinetic_unit``: kinetic
+    temperature per quantum of a chain's kinetic energy, see :func:`kinetic_unit`.
     """
 
     seed: int
@@ -720,7 +720,7 @@ def kinetic_temperature(state: State, unit: float) -> Tensor:
 
 
 def record(energy: Tensor | None, kinetic: Tensor | None, state: State) -> None:
-    """Writes alpha, T, the energy before and the kinetic temperature after a step over the oldest row.
+    """Writes alpha, T, the energy before and the kinetic temperature after a step into the oldest row.
 
     Both float64 (C,), or None where they are not known: NaN.
     """

@@ -50,8 +50,8 @@ class State:
         energy_spread: mean absolute deviation from it, float64 (B,); likewise.
         hills: bias deposited by metadynamics in nats, float64 (B,).
         alpha_kinetic: running mean of alpha_momentum**2, float64 (); 1 if alpha is thermal.
-        history: alpha, T, energy in nats and kinetic temperature of the last K steps, float64 (K, C, 4), a ring;
-            not saved.
+        history: alpha, T, energy in nats and kinetic temperature of the last K steps, float64 (K, C, 4), a
+            ring; not saved.
         recorded: steps written to it, int64 (), while it fills up; then K plus the row that is next, the
             oldest. The row written last is (recorded - 1) mod K. Stays 0 without history (K = 0); not saved.
     """

@@ -226,8 +226,9 @@ def resolve(
     """Numbers for the backends; ``tempering=None`` gives a coordinate that never leaves alpha = 0.
 
     ``dimension`` counts the parameters of one chain; ``momentum`` and ``weight_decay`` are the largest
-    of all groups. Without noise (temperature 0) energies are those at temperature 1. The fixed-point exponents leave room for momenta of 128 standard deviations at the
-    highest temperature (the first gradients are large) and for parameters of magnitude 64.
+    of all groups. Without noise (temperature 0) energies are those at temperature 1. The fixed-point
+    exponents leave room for momenta of 128 standard deviations at the highest temperature (the first
+    gradients are large) and for parameters of magnitude 64.
     """
     moving = tempering is not None
     t = tempering if moving else Tempering()

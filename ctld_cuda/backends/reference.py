@@ -59,7 +59,7 @@ class ReferenceBackend:
         reference.reduce_prior_energy(self._flats(inputs), inputs.groups, self._state)
 
     def _flats(self, inputs: StepInputs):
-        pairs = zip(self._slots, inputs.gradients, strict=True)
+        pairs = zip(self._slots, inputs.found.gradients, strict=True)
         return [slot.flat(gradient) for slot, gradient in pairs if slot.active]
 
     def _commit(self) -> None:
