@@ -518,13 +518,13 @@ class CTLD(Optimizer):
         of :meth:`state_dict`: after loading a state, and in copies of an optimizer, the history is empty.
 
         Returns:
-            Tensors on the CPU. ``step``, int64 (n,): steps done before, the counter of the noise. float64
-            (n, C), or (n,) without chains: ``alpha``; ``temperature`` (0 once the noise is off); ``energy``, in
-            nats, of the parameters before the step: (num_data * loss + prior energy)/temperature as alpha feels
-            it, negative for ``maximize``, NaN where no loss was given. The prior energy is that of
-            ``weight_decay``, counted while exploring with tempering only; without noise from the start
-            (temperature=0) the energy is num_data * loss. ``kinetic_temperature``: mean squared momentum
-            after the step, NaN without noise.
+            Tensors on the CPU. ``step``, int64 (n,): steps done before, the counter of the noise.
+            float64 (n, C), or (n,) without chains: ``alpha``; ``temperature`` (0 once the noise is off);
+            ``energy``, in nats, of the parameters before the step: N * loss plus prior energy, over the
+            temperature, as alpha feels it; negative for ``maximize``, NaN where no loss was given. The prior
+            energy is that of ``weight_decay``, counted while exploring with tempering only; without noise
+            from the start (temperature=0) the energy is N * loss. ``kinetic_temperature``: mean squared
+            momentum after the step, NaN without noise.
 
         Raises:
             ValueError: if the optimizer was constructed without ``history``.

@@ -645,11 +645,12 @@ def train_with_everything(backend, steps):
 
 
 def test_resident_memory_is_flat_over_ten_thousand_steps(compiled):
-    """After a first run has loaded all code. 100 bytes per step would be a million."""
-    train_with_everything(compiled, 1_000)
+    """After a first run has loaded all code. Python asks for memory by the megabyte; a tensor kept from every
+    step would be six."""
+    train_with_everything(compiled, 2_000)
     gc.collect()
     start, objects = resident_bytes(), len(gc.get_objects())
     train_with_everything(compiled, 10_000)
     gc.collect()
-    assert resident_bytes() - start < 700_000
+    assert resident_bytes() - start < 3_000_000
     assert len(gc.get_objects()) - objects < 200
