@@ -14,36 +14,49 @@ const TileKernels* kernels_named(const std::string& name) {
   throw py::value_error("instruction set '" + name + "' is not available");
 }
 
+// (address, its Number), 0 for none
+using BoundLoss = std::tuple<uintptr_t, int32_t>;
+
 class BoundCpuPlan {
  public:
   BoundCpuPlan(const std::vector<Info>& tensors, int64_t chains, const Numbers& constants,
                const Addresses& state, uint64_t seed, bool stochastic,
-               const std::vector<double>& group_elements, bool partial, const std::string& isa)
+               const std::vector<double>& group_elements, bool partial, int64_t history_rows,
+               double kinetic_unit, const std::string& isa)
       : kinetic_(kinetic_quanta(constants_from(constants, chains))),
         plan_(infos_from(tensors), chains, constants_from(constants, chains), state_from(state), seed,
-              stochastic, group_elements, partial, kernels_named(isa)),
-        pointers_(tensors.size()) {}
+              stochastic, group_elements, partial, {history_rows, kinetic_unit}, kernels_named(isa)),
+        pointers_(tensors.size()),
+        loss_(static_cast<std::size_t>(chains)) {}
 
-  void explore(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups, bool baoab,
-               uintptr_t loss, double unscale, int threads) {
-    refresh(addresses);
+  // Parameters and momenta until further notice; 0 leaves a parameter out.
+  void place(const std::vector<uintptr_t>& parameters, const std::vector<uintptr_t>& momenta) {
+    check_length(parameters.size());
+    check_length(momenta.size());
+    for (std::size_t i = 0; i < pointers_.size(); ++i)
+      pointers_[i] = {pointer<void>(parameters[i]), pointer<void>(momenta[i]), nullptr};
+  }
+
+  void explore(const std::vector<uintptr_t>& gradients, const std::vector<Group>& groups, bool baoab,
+               const BoundLoss& loss, double unscale, int threads) {
+    refresh(gradients);
     const auto integrator = baoab ? Integrator::kBaoab : Integrator::kEuler;
     const auto coefficients = all_coefficients(groups, kinetic_);
+    const double* const losses = widen(loss);
     py::gil_scoped_release release;
-    plan_.explore(pointers_, coefficients, integrator, pointer<const double>(loss), unscale, threads);
+    plan_.explore(pointers_, coefficients, integrator, losses, unscale, threads);
   }
 
-  void finetune(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups, double unscale,
-                int threads) {
-    refresh(addresses);
+  void finetune(const std::vector<uintptr_t>& gradients, const std::vector<Group>& groups,
+                const BoundLoss& loss, double unscale, int threads) {
+    refresh(gradients);
     const auto coefficients = all_coefficients(groups, 0.0);
+    const double* const losses = widen(loss);
     py::gil_scoped_release release;
-    plan_.finetune(pointers_, coefficients, unscale, threads);
+    plan_.finetune(pointers_, coefficients, losses, unscale, threads);
   }
 
-  void reduce_prior_energy(const std::vector<uintptr_t>& addresses, const std::vector<Group>& groups,
-                           int threads) {
-    refresh(addresses);
+  void reduce_prior_energy(const std::vector<Group>& groups, int threads) {
     const auto coefficients = all_coefficients(groups, 0.0);
     py::gil_scoped_release release;
     plan_.reduce_prior_energy(pointers_, coefficients, threads);
@@ -56,19 +69,30 @@ class BoundCpuPlan {
     return out;
   }
 
-  // three addresses per tensor: parameter, momentum, gradient
-  void refresh(const std::vector<uintptr_t>& addresses) {
-    if (addresses.size() != 3 * pointers_.size())
-      throw py::value_error("three addresses per tensor expected");
-    for (std::size_t i = 0; i < pointers_.size(); ++i) {
-      pointers_[i] = {pointer<void>(addresses[3 * i]), pointer<void>(addresses[3 * i + 1]),
-                      pointer<const void>(addresses[3 * i + 2])};
-    }
+  void check_length(std::size_t given) const {
+    if (given != pointers_.size()) throw py::value_error("one address per tensor expected");
+  }
+
+  void refresh(const std::vector<uintptr_t>& gradients) {
+    check_length(gradients.size());
+    for (std::size_t i = 0; i < pointers_.size(); ++i)
+      pointers_[i].gradient = pointer<const void>(gradients[i]);
+  }
+
+  // The losses of all chains in float64, or null.
+  const double* widen(const BoundLoss& loss) {
+    const auto [address, type] = loss;
+    if (address == 0) return nullptr;
+    for (std::size_t i = 0; i < loss_.size(); ++i)
+      loss_[i] =
+          read_number(pointer<const void>(address), static_cast<Number>(type), static_cast<int64_t>(i));
+    return loss_.data();
   }
 
   double kinetic_;
   CpuPlan plan_;
   std::vector<TensorPointers> pointers_;
+  std::vector<double> loss_;
 };
 
 // `groups` * 4 normals from noise group `first_group` on
@@ -92,7 +116,8 @@ void normal(uint64_t seed, uint64_t step, uint32_t stream, uint32_t index, uint3
 void bind_cpu(py::module_& module) {
   py::class_<BoundCpuPlan>(module, "CpuPlan", py::module_local())
       .def(py::init<const std::vector<Info>&, int64_t, const Numbers&, const Addresses&, uint64_t, bool,
-                    const std::vector<double>&, bool, const std::string&>())
+                    const std::vector<double>&, bool, int64_t, double, const std::string&>())
+      .def("place", &BoundCpuPlan::place)
       .def("explore", &BoundCpuPlan::explore)
       .def("finetune", &BoundCpuPlan::finetune)
       .def("reduce_prior_energy", &BoundCpuPlan::reduce_prior_energy);

@@ -22,11 +22,12 @@ class BoundCudaPlan {
  public:
   BoundCudaPlan(const std::vector<Info>& tensors, int64_t chains, const Numbers& constants,
                 const Addresses& state, uint64_t seed, bool stochastic,
-                const std::vector<double>& group_elements, bool partial, double num_data, uint32_t max_blocks)
+                const std::vector<double>& group_elements, bool partial, int64_t history_rows,
+                double kinetic_unit, double num_data, uint32_t max_blocks)
       : kinetic_(kinetic_quanta(constants_from(constants, chains))),
         tensors_(tensors.size()),
         plan_(infos_from(tensors), chains, constants_from(constants, chains), state_from(state), seed,
-              stochastic, group_elements, partial, num_data, max_blocks) {}
+              stochastic, group_elements, partial, {history_rows, kinetic_unit}, num_data, max_blocks) {}
 
   std::size_t scratch_bytes() const { return plan_.scratch_bytes(); }
   void use_scratch(uintptr_t address) { plan_.use_scratch(pointer<void>(address)); }
@@ -101,7 +102,7 @@ class BoundCudaPlan {
 void bind_cuda(py::module_& module) {
   py::class_<BoundCudaPlan>(module, "CudaPlan", py::module_local())
       .def(py::init<const std::vector<Info>&, int64_t, const Numbers&, const Addresses&, uint64_t, bool,
-                    const std::vector<double>&, bool, double, uint32_t>())
+                    const std::vector<double>&, bool, int64_t, double, double, uint32_t>())
       .def("scratch_bytes", &BoundCudaPlan::scratch_bytes)
       .def("use_scratch", &BoundCudaPlan::use_scratch)
       .def("table_of", &BoundCudaPlan::table_of)

@@ -72,6 +72,8 @@ inline StatePointers state_from(const Addresses& a) {
   s.energy_spread = pointer<double>(a.at("energy_spread"));
   s.hills = pointer<double>(a.at("hills"));
   s.alpha_kinetic = pointer<double>(a.at("alpha_kinetic"));
+  s.history = pointer<double>(a.at("history"));
+  s.recorded = pointer<int64_t>(a.at("recorded"));
   return s;
 }
 

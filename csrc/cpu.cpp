@@ -80,7 +80,8 @@ int useful_threads(int64_t work, int threads) {
 
 CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
                  const StatePointers& state, uint64_t seed, bool stochastic,
-                 std::vector<double> group_elements, bool partial, const TileKernels* kernels)
+                 std::vector<double> group_elements, bool partial, Recording recording,
+                 const TileKernels* kernels)
     : tensors_(std::move(tensors)),
       chains_(chains),
       constants_(constants),
@@ -89,6 +90,7 @@ CpuPlan::CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temperin
       stochastic_(stochastic),
       group_elements_(std::move(group_elements)),
       partial_(partial),
+      recording_(recording),
       kernels_(kernels),
       scale_(chains, 1.0),
       rescale_(chains, 1.0),
@@ -175,6 +177,40 @@ void CpuPlan::temper(const double* loss, int threads) {
   learn_alpha_kinetic(by_bin, tables);
 }
 
+double* CpuPlan::row() const {
+  return state_.history + next_row(*state_.recorded, recording_.rows) * chains_ * kColumns;
+}
+
+// Before the step, which replaces the prior energy by that of the parameters it writes. Without noise that is
+// not kept up.
+void CpuPlan::record_energies(const double* loss, bool sampling) {
+  if (recording_.rows == 0) return;
+  const FloatEnvironment environment;
+  for (int64_t chain = 0; chain < chains_; ++chain) {
+    double energy = unknown();
+    if (loss != nullptr) {
+      energy = sampling ? potential_energy(loss[chain], state_.prior[chain], constants_)
+                        : loss_energy(loss[chain], constants_);
+    }
+    row()[kColumns * chain + kEnergyColumn] = energy;
+  }
+}
+
+// After the step.
+void CpuPlan::record_rest(bool sampling) {
+  if (recording_.rows == 0) return;
+  const FloatEnvironment environment;
+  for (int64_t chain = 0; chain < chains_; ++chain) {
+    int64_t quanta = 0;
+    for (int64_t i = 0; i < kinetic_sums(); ++i) quanta += state_.kinetic[chain * kinetic_sums() + i];
+    double* const entry = row() + kColumns * chain;
+    entry[kAlphaColumn] = state_.alpha[chain];
+    entry[kTemperatureColumn] = state_.temperature[chain];
+    entry[kKineticColumn] = sampling ? static_cast<double>(quanta) * recording_.kinetic_unit : unknown();
+  }
+  *state_.recorded = recorded_after(*state_.recorded, recording_.rows);
+}
+
 // Calls choose(tensor, pointers), which returns the function for a tensor's tiles or nullptr to skip it.
 template <class Choose>
 void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
@@ -222,6 +258,7 @@ void CpuPlan::for_tiles(const std::vector<TensorPointers>& pointers,
 void CpuPlan::explore(const std::vector<TensorPointers>& tensors,
                       const std::vector<GroupCoefficients>& groups, Integrator integrator, const double* loss,
                       double unscale, int threads) {
+  record_energies(loss, true);
   if (constants_.bins) temper(loss, threads);
   if (!group_elements_.empty()) damp(groups);
   std::fill_n(state_.kinetic, chains_ * kinetic_sums(), 0);
@@ -231,11 +268,14 @@ void CpuPlan::explore(const std::vector<TensorPointers>& tensors,
     return steps[static_cast<int>(decay_of(groups[tensor.group]))][static_cast<int>(tensor.format)];
   });
   if (!group_elements_.empty() && !partial_) adapt_frictions(groups, integrator == Integrator::kBaoab);
+  record_rest(true);
   *state_.step += 1;
 }
 
 void CpuPlan::finetune(const std::vector<TensorPointers>& tensors,
-                       const std::vector<GroupCoefficients>& groups, double unscale, int threads) {
+                       const std::vector<GroupCoefficients>& groups, const double* loss, double unscale,
+                       int threads) {
+  record_energies(loss, false);
   std::fill(scale_.begin(), scale_.end(), 1.0);
   std::fill(rescale_.begin(), rescale_.end(), 1.0);
   momentum_.clear();
@@ -245,6 +285,7 @@ void CpuPlan::finetune(const std::vector<TensorPointers>& tensors,
               if (!at.gradient) return nullptr;
               return steps[static_cast<int>(decay_of(groups[tensor.group]))][static_cast<int>(tensor.format)];
             });
+  record_rest(false);
   *state_.step += 1;
 }
 

@@ -21,15 +21,15 @@ class CpuPlan {
   // one rank, so the thermostats are left to the caller, who adds up.
   CpuPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
           const StatePointers& state, uint64_t seed, bool stochastic, std::vector<double> group_elements,
-          bool partial, const TileKernels* kernels);
+          bool partial, Recording recording, const TileKernels* kernels);
 
-  // One sampling step; `loss` holds one value per chain, and is not read without tempering. Gradients are
+  // One sampling step; `loss` holds one value per chain, and may be null without tempering. Gradients are
   // multiplied by `unscale`.
   void explore(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
                Integrator integrator, const double* loss, double unscale, int threads);
   // One noise-free step; tensors without a gradient stay as they are.
   void finetune(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
-                double unscale, int threads);
+                const double* loss, double unscale, int threads);
   // Prior energy of the parameters as they are.
   void reduce_prior_energy(const std::vector<TensorPointers>& tensors,
                            const std::vector<GroupCoefficients>& groups, int threads);
@@ -41,6 +41,9 @@ class CpuPlan {
   void adapt_frictions(const std::vector<GroupCoefficients>& groups, bool baoab);
   void damp(const std::vector<GroupCoefficients>& groups);
   void temper(const double* loss, int threads);
+  double* row() const;
+  void record_energies(const double* loss, bool sampling);
+  void record_rest(bool sampling);
   template <class Choose>
   void for_tiles(const std::vector<TensorPointers>& tensors, const std::vector<GroupCoefficients>& groups,
                  double unscale, int threads, Choose choose);
@@ -56,6 +59,7 @@ class CpuPlan {
   bool stochastic_;
   std::vector<double> group_elements_;
   bool partial_;
+  Recording recording_;
   const TileKernels* kernels_;
   std::vector<double> scale_, rescale_;
   std::vector<double> momentum_;  // of all chains of the first group, then the second; empty: the groups' own

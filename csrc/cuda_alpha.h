@@ -36,19 +36,6 @@ CTLD_DEVICE int64_t warp_sum(int64_t x) {
 
 // --------------------------------------------------------------------------------------- inputs
 
-CTLD_DEVICE double read_number(const void* from, Number type, int64_t i) {
-  switch (type) {
-    case Number::kFloat32:
-      return static_cast<const float*>(from)[i];
-    case Number::kFloat64:
-      return static_cast<const double*>(from)[i];
-    case Number::kBFloat16:
-      return load(static_cast<const BFloat16*>(from)[i]);
-    default:
-      return load(static_cast<const Float16*>(from)[i]);
-  }
-}
-
 CTLD_DEVICE const GroupArguments& group_of(const StepArguments& a, uint32_t group) {
   return reinterpret_cast<const GroupArguments*>(a.arena)[group];
 }
@@ -213,6 +200,7 @@ CTLD_DEVICE void commit_step(const StepArguments& a) {
   __syncthreads();
   if (thread() == 0) {
     *a.state.step += 1;
+    if (a.recording.rows) *a.state.recorded = recorded_after(*a.state.recorded, a.recording.rows);
     atomicExch(a.scratch.done, 0u);
   }
 }
@@ -226,8 +214,67 @@ CTLD_DEVICE void commit_step_of_chain(const StepArguments& a, uint32_t chain, co
   add(sums.samples, 1);
 }
 
+// ---------------------------------------------------------------------------------------- history
+
+// A chain's entry in the row of this step.
+CTLD_DEVICE double* entry_of(const StepArguments& a, uint32_t chain) {
+  const int64_t row = next_row(*a.state.recorded, a.recording.rows);
+  return a.state.history + (row * a.chains + chain) * kColumns;
+}
+
+// Before the prior energy is replaced by that of the parameters written.
+CTLD_DEVICE void record_energy(const StepArguments& a, uint32_t chain) {
+  if (a.recording.rows == 0) return;
+  double energy = unknown();
+  if (a.loss != nullptr)
+    energy = potential_energy(read_number(a.loss, a.loss_type, chain), a.state.prior[chain], a.constants);
+  entry_of(a, chain)[kEnergyColumn] = energy;
+}
+
+CTLD_DEVICE void record_rest(const StepArguments& a, uint32_t chain, double kinetic_temperature) {
+  double* const entry = entry_of(a, chain);
+  entry[kAlphaColumn] = a.state.alpha[chain];
+  entry[kTemperatureColumn] = a.state.temperature[chain];
+  entry[kKineticColumn] = kinetic_temperature;
+}
+
+// After the chain has been committed, and a barrier.
+CTLD_DEVICE void record_chain(const StepArguments& a, uint32_t chain) {
+  if (a.recording.rows == 0) return;
+  int64_t quanta = 0;
+  for (uint32_t i = 0; i < a.kinetic_sums; ++i) quanta += a.state.kinetic[chain * a.kinetic_sums + i];
+  record_rest(a, chain, static_cast<double>(quanta) * a.recording.kinetic_unit);
+}
+
+// By the last block, before and after it has committed the chains.
+CTLD_DEVICE void record_energies(const StepArguments& a) {
+  for (uint32_t chain = thread(); chain < static_cast<uint32_t>(a.chains); chain += kThreads) {
+    record_energy(a, chain);
+  }
+  CTLD_FORGET_MEMORY();
+}
+
+CTLD_DEVICE void record_chains(const StepArguments& a) {
+  CTLD_FORGET_MEMORY();
+  for (uint32_t chain = thread(); chain < static_cast<uint32_t>(a.chains); chain += kThreads) {
+    record_chain(a, chain);
+  }
+}
+
+// By the last block of a step without noise, which keeps up neither kinetic nor prior energies.
+CTLD_DEVICE void record_still_chains(const StepArguments& a) {
+  if (a.recording.rows == 0) return;
+  for (uint32_t chain = thread(); chain < static_cast<uint32_t>(a.chains); chain += kThreads) {
+    const bool known = a.loss != nullptr;
+    entry_of(a, chain)[kEnergyColumn] =
+        known ? loss_energy(read_number(a.loss, a.loss_type, chain), a.constants) : unknown();
+    record_rest(a, chain, unknown());
+  }
+}
+
 // By the last block, where chunks were shared out. `known`: the step of the only chain, if the block has it.
 CTLD_DEVICE void commit_chains(const StepArguments& a, const ChainStep* known) {
+  record_energies(a);
   const auto chains = static_cast<uint32_t>(a.chains);
   if (a.constants.bins && known) {
     if (thread() == 0) commit_step_of_chain(a, 0, *known);

@@ -35,9 +35,6 @@ struct TableEntry {
 // Elements come in units: as many as make 16 bytes of a parameter, but at least a noise group.
 CTLD_HD uint32_t unit_of(Format format) { return parameter_bytes(format) == 2 ? 8 : 4; }
 
-// The type of a floating-point number that only the device reads.
-enum class Number : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
 // A group's learning rate in device memory; lr is null where the host has computed the rates.
 struct LiveRate {
   const void* lr;
@@ -67,13 +64,14 @@ struct StepArguments {
   int64_t* learned;  // bin_sums_length(bins) numbers: a step's sums where they need no atomic operations
   TemperingConstants constants;
   RoundKeys keys;
+  Recording recording;
   double num_data;
   int64_t chains;
   const TableEntry* table;
   const uint32_t* first_chunk;  // of every table entry, and of one past the last
   // with thermostats: elements of each group that one chain has
   const double* group_elements;
-  const void* loss;
+  const void* loss;         // null: none; only without tempering
   const float* grad_scale;  // null: 1
   const float* found_inf;   // null: 0
   Number loss_type;

@@ -164,6 +164,9 @@ CTLD_KERNEL step_chunks(const __grid_constant__ StepArguments a) {
   if (integrator != Integrator::kMomentumSgd) {
     commit_chains(a, knows_all ? &block.step : nullptr);
     if (a.thermostats && !a.partial) commit_frictions<integrator>(a);
+    record_chains(a);
+  } else {
+    record_still_chains(a);
   }
   commit_step<integrator>(a);
 }
@@ -347,8 +350,10 @@ CTLD_KERNEL step_chains(const __grid_constant__ StepArguments a) {
     chains.leave();
   });
   for (uint32_t i = thread(); i < own.count; i += kThreads) {
+    record_energy(a, own.begin + i);
     a.state.kinetic[own.begin + i] = take(block.kinetic + i);
     a.state.prior[own.begin + i] = take(block.prior + i);
+    record_chain(a, own.begin + i);
   }
   __syncthreads();
   if (!is_last_block(a, block.is_last)) return;

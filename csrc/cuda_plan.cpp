@@ -45,7 +45,8 @@ uint64_t chain_length(const TensorInfo& tensor, int64_t chains) {
 
 CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
                    const StatePointers& state, uint64_t seed, bool stochastic,
-                   std::vector<double> group_elements, bool partial, double num_data, uint32_t max_blocks)
+                   std::vector<double> group_elements, bool partial, Recording recording, double num_data,
+                   uint32_t max_blocks)
     : group_elements_(std::move(group_elements)), max_blocks_(max_blocks), arguments_() {
   order_.resize(tensors.size());
   std::iota(order_.begin(), order_.end(), 0u);
@@ -64,6 +65,7 @@ CudaPlan::CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const Temper
   a.state = state;
   a.constants = constants;
   a.keys = round_keys(seed);
+  a.recording = recording;
   a.num_data = num_data;
   a.chains = chains;
   a.stochastic = stochastic;

@@ -33,7 +33,7 @@ class CudaPlan {
   // are more than kMaxGroups groups.
   CudaPlan(std::vector<TensorInfo> tensors, int64_t chains, const TemperingConstants& constants,
            const StatePointers& state, uint64_t seed, bool stochastic, std::vector<double> group_elements,
-           bool partial, double num_data, uint32_t max_blocks);
+           bool partial, Recording recording, double num_data, uint32_t max_blocks);
 
   // Device memory for use_scratch(): this many bytes, zero at first, and left alone afterwards.
   std::size_t scratch_bytes() const;

@@ -274,11 +274,14 @@ CTLD_DEVICE void for_elements(const Task& task, bool vectors, const Visit& visit
   // the first unit is incomplete if the task begins within it, the last if it ends within it
   uint32_t full_begin = task.begin ? unit : 0, full_end = task.end / unit * unit;
   if (!vectors || full_begin > full_end) full_begin = full_end = 0;
+  // one register for both: `first` is a multiple of the unit, so one less changes nothing
+  const uint32_t bounds = full_end - (full_begin ? 1 : 0);
 #pragma unroll 1
-  for (uint32_t first = full_begin + unit * thread(); first < full_end; first += unit * kThreads) {
+  for (uint32_t first = full_begin + unit * thread(); first < bounds; first += unit * kThreads) {
     visit(first, std::integral_constant<uint32_t, unit>{}, VectorAccess{});
   }
-  const uint32_t full = full_end - full_begin;
+  full_begin = bounds % unit ? unit : 0;
+  const uint32_t full = bounds / unit * unit;  // without the first unit
 #pragma unroll 1
   for (uint32_t i = 4 * thread(); i < task.end - full; i += 4 * kThreads) {
     const uint32_t first = i < full_begin ? i : i + full;

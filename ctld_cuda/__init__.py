@@ -3,7 +3,17 @@
 from .backends import backend_info
 from .optimizer import CTLD
 from .posterior import Draws, PosteriorSamples
+from .schedules import explore_then_finetune
 from .tempering import AdaptiveForce, Metadynamics, Tempering
 
-__all__ = ["CTLD", "AdaptiveForce", "Draws", "Metadynamics", "PosteriorSamples", "Tempering", "backend_info"]
+__all__ = [
+    "CTLD",
+    "AdaptiveForce",
+    "Draws",
+    "Metadynamics",
+    "PosteriorSamples",
+    "Tempering",
+    "backend_info",
+    "explore_then_finetune",
+]
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ its outermost dimension; otherwise in row-major order, through a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -97,8 +98,6 @@ class Slot:
         self.shape = parameter.shape
         self.strides = parameter.stride()
         self.direct = self.in_order(chains)
-        # a gradient with these is used as it is
-        self.usual_strides = self.strides if self.direct else None
         self.empty = parameter.numel() == 0
         self.active = False
         # of the parameter's memory, as of the last inspect(); None if it has none
@@ -198,33 +197,131 @@ class Slot:
         )
 
 
-def inspect(slots: Sequence[Slot], check: Callable[[Tensor, int], None]) -> list[Tensor | None]:
-    """Looks at all parameters before a step; returns their gradients in the order of :meth:`Slot.theta`.
+class Found(NamedTuple):
+    """What a step needs to know of all parameters, in the order of the slots.
 
-    None stands for no gradient, and for parameters that are not active. ``check(parameter, index)`` raises
-    for a gradient that cannot be used.
-
-    The first branch decides, in as few look-ups as possible, that all is as usual: with a thousand small
-    tensors this loop is what a step on a GPU costs. (torch lays out gradients like their parameters, so usual
-    strides and address also mean that the parameter's own layout is unchanged.)
+    Attributes:
+        gradients: in the order of :meth:`Slot.theta`; None for no gradient, and where one is not active.
+        gradient_addresses: of their memory, 0 for None.
+        addresses: of the parameters' memory, 0 where not active; the same list until one of them changes.
+        active: which are; the same tuple until one of them changes.
+        parameters: those that are active.
     """
-    strided = torch.strided
-    gradients: list[Tensor | None] = []
-    for slot in slots:
-        p = slot.parameter
-        g = p.grad
-        if (
-            g is not None
-            and g.layout is strided
-            and g.dtype is slot.dtype
-            and g.stride() == slot.usual_strides
-            and p.data_ptr() == slot.address
-            and p.requires_grad
-        ):
-            slot.active = True
-            gradients.append(g)
-        else:
-            check(slot.source, slot.index)
+
+    gradients: list[Tensor | None]
+    gradient_addresses: list[int]
+    addresses: list[int]
+    active: tuple[bool, ...]
+    parameters: list[Tensor]
+
+
+class _Usual:
+    """What is expected of some active parameters in the next step, if it is like the last."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.parameters = [slot.parameter for slot in slots]
+        self.addresses = [slot.address for slot in slots]
+        self.dtypes = [slot.dtype for slot in slots]
+        self.numels = [slot.parameter.numel() for slot in slots]
+        contiguous = all(slot.parameter.is_contiguous() for slot in slots)
+        # asking whether a tensor is contiguous costs half of asking for its strides
+        self.layout = _is_contiguous if contiguous else _stride
+        self.layouts = [self.layout(slot.parameter) for slot in slots]
+
+    def gradients(self) -> tuple[list[Tensor], list[int]] | None:
+        """The gradients and their addresses, if everything is as expected."""
+        gradients = list(map(_grad, self.parameters))
+        try:
+            as_usual = (
+                list(map(_data_ptr, self.parameters)) == self.addresses
+                and list(map(_dtype, gradients)) == self.dtypes
+                and list(map(self.layout, gradients)) == self.layouts
+                and list(map(_numel, gradients)) == self.numels
+                and all(map(_requires_grad, self.parameters))
+            )
+            return (gradients, list(map(_data_ptr, gradients))) if as_usual else None
+        except (AttributeError, RuntimeError, TypeError):  # no gradient, or a sparse one
+            return None
+
+
+_grad, _dtype, _requires_grad = (attrgetter(name) for name in ("grad", "dtype", "requires_grad"))
+_data_ptr, _numel = Tensor.data_ptr, Tensor.numel
+_stride, _is_contiguous = Tensor.stride, Tensor.is_contiguous
+# so many tensors stay in a processor's own cache from one loop to the next
+_AT_ONCE = 128
+
+
+class Inspector:
+    """Looks at all parameters before a step.
+
+    With a thousand small tensors this is what a step costs the host. So it first decides that all is as in
+    the step before, by loops that are written in C over one property of some parameters at a time; only if
+    something differs, it goes through the slots. (torch lays out gradients like their parameters, so usual
+    strides, size and address also mean that the parameter's own layout is unchanged.)
+
+    Args:
+        slots: the parameters.
+        check: ``check(parameter, index)`` raises for a gradient that cannot be used.
+    """
+
+    def __init__(self, slots: Sequence[Slot], check: Callable[[Tensor, int], None]) -> None:
+        self._slots = slots
+        self._check = check
+        self._usual: list[_Usual] = []  # empty: look closely
+        self._frozen: list[Tensor] = []
+        self._last: Found | None = None
+
+    def look(self) -> Found:
+        """
+        Raises:
+            RuntimeError, TypeError: for unsuitable gradients, or a parameter moved or converted.
+        """
+        found = self._look_quickly() if self._usual else None
+        if found is None:
+            found = self._look_closely()
+        self._last = found
+        return found
+
+    def _look_quickly(self) -> Found | None:
+        last = self._last
+        if any(map(_requires_grad, self._frozen)):
+            return None
+        gradients: list[Tensor | None] = []
+        addresses: list[int] = []
+        for usual in self._usual:
+            some = usual.gradients()
+            if some is None:
+                return None
+            gradients += some[0]
+            addresses += some[1]
+        if len(gradients) < len(self._slots):
+            gradients, addresses = self._spread(gradients, None), self._spread(addresses, 0)
+        return last._replace(gradients=gradients, gradient_addresses=addresses)
+
+    def _spread(self, values: list, absent: object) -> list:
+        """Values of the active parameters among all of them."""
+        each = iter(values)
+        return [next(each) if active else absent for active in self._last.active]
+
+    def _look_closely(self) -> Found:
+        self._usual = []
+        gradients: list[Tensor | None] = []
+        for slot in self._slots:
+            self._check(slot.source, slot.index)
             slot.inspect()
             gradients.append(slot.gradient() if slot.active else None)
-    return gradients
+        addresses = [slot.address if slot.active else 0 for slot in self._slots]
+        active = tuple(slot.active for slot in self._slots)
+        last = self._last
+        moving = [slot for slot in self._slots if slot.active]
+        found = Found(
+            gradients,
+            [0 if gradient is None else gradient.data_ptr() for gradient in gradients],
+            last.addresses if last and last.addresses == addresses else addresses,
+            last.active if last and last.active == active else active,
+            [slot.source for slot in moving],
+        )
+        if all(slot.direct and slot.parameter is slot.source for slot in moving):
+            self._usual = [_Usual(moving[i : i + _AT_ONCE]) for i in range(0, len(moving), _AT_ONCE)]
+        self._frozen = [s.source for s in self._slots if not s.active and not s.empty]
+        return found

@@ -6,26 +6,39 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import backends, diagnostics, distributed, validation
 from .backends.interface import LiveRate, StepInputs
-from .layout import Slot, inspect
+from .layout import Inspector, Slot
 from .reference import (
     Coefficients,
     Settings,
     adapt_friction,
     explore_coefficients,
     finetune_coefficients,
+    kinetic_temperature,
+    kinetic_unit,
     momentum_unit,
+    record_kinetic,
 )
 from .state import State
 from .tempering import Tempering, TemperingConstants, resolve
 
 Tensor = torch.Tensor
+# learning rate, momentum, weight decay
+Hypers = tuple[float | Tensor, float, float]
+
+_version = attrgetter("_version")
+_NO_GRADIENTS = (
+    "CTLD: no parameter has a gradient, so all of them only feel the noise: call loss.backward() before "
+    "step(), and zero_grad() after it"
+)
 
 EXPLORE, FINETUNE = "explore", "finetune"
 
@@ -78,6 +91,8 @@ class CTLD(Optimizer):
             their losses: "auto", the default process group where torch.distributed is initialized, or a
             ProcessGroup. None: this process samples on its own. DTensor parameters (FSDP2) name their ranks
             themselves.
+        history: keep alpha, T, energy and kinetic temperature of the last so many steps on the device, for
+            :meth:`history`; None: of none. 32 bytes per step and chain.
 
     A learning rate that is a tensor on the GPU is read by the GPU, so a captured CUDA graph follows it. With
     ``torch.amp.GradScaler`` call ``scaler.step(optimizer, loss=loss)`` with the unscaled loss: the kernel
@@ -111,9 +126,12 @@ class CTLD(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         thermostat: bool = False,
         process_group: Any = "auto",
+        history: int | None = None,
     ) -> None:
         distributed.check_group(process_group)
         validation.flag("thermostat", thermostat)
+        if history is not None:
+            validation.integer("history", history, 1)
         validation.rounding(stochastic_rounding, momentum_dtype)
         validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
         self.num_data = float(num_data)
@@ -127,6 +145,7 @@ class CTLD(Optimizer):
         self.momentum_dtype = momentum_dtype
         self.thermostat = thermostat
         self.process_group = process_group
+        self._history_steps = history or 0
         self.phase = EXPLORE if temperature > 0 else FINETUNE
         self._backend_name = backend
         self._explored = 0
@@ -171,7 +190,9 @@ class CTLD(Optimizer):
 
     def _initial_state(self, bins: int) -> State:
         thermostats = len(self.param_groups) if self.thermostat else 0
-        return State.initial(self.chains or 1, bins, self.temperature, self._device, thermostats)
+        return State.initial(
+            self.chains or 1, bins, self.temperature, self._device, thermostats, self._history_steps
+        )
 
     def _trainable(self, groups: Iterable[dict[str, Any]]) -> float:
         """Trainable elements of one chain."""
@@ -197,8 +218,12 @@ class CTLD(Optimizer):
     def _forget_derived(self) -> None:
         """Drops what can be rebuilt: slots, backend and the knowledge whose prior energy is stored."""
         self._slots: list[Slot] | None = None
+        self._inspector: Inspector | None = None
         self._backend: Any = None
         self._ranks: distributed.Ranks | None = None
+        # what they were worked out of, and the coefficients of all groups
+        self._coefficients_of: tuple | None = None
+        self._coefficients_found: list[Coefficients] = []
         self._prior_of: tuple | None = None
         self._reported_flags = 0
 
@@ -219,6 +244,7 @@ class CTLD(Optimizer):
                 self.state[p]["momentum_buffer"] = slot.stored_momentum()
                 self._slots.append(slot)
         self._ranks = distributed.ranks_of(self._slots, self.process_group)
+        self._inspector = Inspector(self._slots, validation.gradient)
         elements = [max(self._trainable([group]), 1.0) for group in self.param_groups]
         self._settings = Settings(
             self.seed,
@@ -226,6 +252,7 @@ class CTLD(Optimizer):
             self.stochastic_rounding,
             self.num_data,
             tuple(elements) if self.thermostat else (),
+            kinetic_unit(self._dimension, self._constants),
             self._ranks is not None and self._ranks.sharded,
         )
         self._backend = backends.create(
@@ -239,7 +266,6 @@ class CTLD(Optimizer):
 
     # ----------------------------------------------------------------------------------- stepping
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         """One step.
 
@@ -255,50 +281,84 @@ class CTLD(Optimizer):
             ValueError: tempering without a loss, a loss of the wrong shape, bad hyper-parameters.
             TypeError, RuntimeError: unsuitable gradients, or a model converted after construction.
         """
+        if self._watched():
+            # hooks are shown the arguments as they were given
+            arguments = () if closure is None else (closure,)
+            return self._watched_step(*arguments, **({} if loss is None else {"loss": loss}))
+        return self._step(closure, loss=loss)
+
+    # torch wraps step() to run hooks and to show a range to the profiler: watched_step does both
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _watched(self) -> bool:
+        """Whether hooks or a profiler wait for a step: telling the profiler costs more than all the rest."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )
+
+    def _step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         if closure is not None:
             if loss is not None:
                 raise ValueError("give step() a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
+        with torch.no_grad():
+            self._advance(loss)
+        return loss
+
+    _watched_step = Optimizer.profile_hook_step(_step)
+
+    def _advance(self, loss: Any) -> None:
         hypers = [validation.hyper_parameters(group, self._live_on) for group in self.param_groups]
-        for _, momentum, _ in hypers:
-            validation.thermostat(self.thermostat, momentum)
+        if self.thermostat:
+            for _, momentum, _ in hypers:
+                validation.thermostat(self.thermostat, momentum)
         self._check_capture()
         if self.phase == EXPLORE and self._explored == self.explore_steps:
             self.finetune()
         exploring = self.phase == EXPLORE
         # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
         moving = not exploring or any(isinstance(lr, Tensor) or lr > 0 for lr, _, _ in hypers)
-        energy = (
-            validation.loss(loss, self.chains, self._device)
-            if exploring and self.tempering is not None and (moving or loss is not None)
-            else None
-        )
+        needed = exploring and moving and self.tempering is not None
+        wanted = loss is not None and (self._history_steps or (exploring and self.tempering is not None))
+        energy = validation.loss(loss, self.chains, self._device) if needed or wanted else None
         self._prepare()
-        gradients = inspect(self._slots, validation.gradient)
+        found = self._inspector.look()
         if not moving:
-            return loss
+            return
+        if exploring and found.parameters and not any(found.gradient_addresses):
+            warnings.warn(_NO_GRADIENTS, RuntimeWarning, stacklevel=4)
         found_inf, grad_scale = self._scaler_says("found_inf"), self._scaler_says("grad_scale")
         energy, found_inf = self._shared(energy, found_inf, hypers)
         if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
             self._explored += exploring  # as where only the device knows
-            return loss
+            return
         rates = [
             self._live_rate(group, lr) if isinstance(lr, Tensor) else None
             for group, (lr, _, _) in zip(self.param_groups, hypers, strict=True)
         ]
-        inputs = StepInputs(gradients, [], rates, energy, grad_scale, found_inf)
+        inputs = StepInputs(
+            found, self._coefficients(hypers, exploring), rates, energy, grad_scale, found_inf
+        )
         if not exploring:
-            self._finetune(hypers, inputs)
+            self._backend.finetune(inputs)
         else:
-            self._explore(hypers, inputs)
-        return loss
+            self._explore(inputs)
+        # tells autograd that the parameters changed in place
+        torch.autograd.graph.increment_version(found.parameters)
+        if exploring:
+            self._explored += 1
+            self._prior_of = self._prior_key(inputs)
 
     def _shared(
         self,
         energy: Tensor | None,
         found_inf: Tensor | None,
-        hypers: list[tuple[float | Tensor, float, float]],
+        hypers: list[Hypers],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The energy and found_inf of all ranks together; makes sure that they agree."""
         ranks = self._ranks
@@ -311,6 +371,7 @@ class CTLD(Optimizer):
         if not ranks.agreed:
             settings |= self._configuration() | {
                 "seed": self.seed,
+                "history": self._history_steps,
                 "parameters": [(tuple(s.source.shape), s.dtype, s.group) for s in self._slots],
                 "state": {name: x.tolist() for name, x in self._sampler.tensors().items() if name != "prior"},
                 "values of the parameters": distributed.parameters_digest(self._slots),
@@ -335,22 +396,8 @@ class CTLD(Optimizer):
                 "explore_steps=None, call finetune() when it is time, and capture again"
             )
 
-    def _explore(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
-        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
-            live = isinstance(lr, Tensor)
-            if not live:
-                group["last_lr"] = lr if lr > 0 else group["last_lr"]
-            coefficients = explore_coefficients(
-                self.integrator,
-                lr=1.0 if live else lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                num_data=self.num_data,
-                c=self._constants,
-                maximize=group["maximize"],
-            )
-            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
-        if self._prior_of != self._prior_key(inputs.groups):
+    def _explore(self, inputs: StepInputs) -> None:
+        if self._prior_of != self._prior_key(inputs):
             self._backend.reduce_prior_energy(inputs)
         sharded = self._ranks is not None and self._ranks.sharded
         if sharded and any(group.prior for group in inputs.groups):
@@ -360,27 +407,62 @@ class CTLD(Optimizer):
             self._ranks.add_up(self._sampler)
             if self.thermostat:
                 adapt_friction(inputs.groups, self._sampler, self._constants, self._settings)
-        self._explored += 1
-        self._mark_written()
-        self._prior_of = self._prior_key(inputs.groups)
+            if self._history_steps:
+                record_kinetic(self._sampler, self._settings)
 
-    def _finetune(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
-        for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
-            live = isinstance(lr, Tensor)
-            if not live and not group["momentum_unit"]:  # the first step of this phase
+    def _coefficients(self, hypers: list[Hypers], exploring: bool) -> list[Coefficients]:
+        """Those of all groups, worked out anew only if something they depend on has changed."""
+        groups = self.param_groups
+        for group, (lr, momentum, _) in zip(groups, hypers, strict=True):
+            if isinstance(lr, Tensor):
+                continue
+            if exploring:
+                group["last_lr"] = lr if lr > 0 else group["last_lr"]
+            elif not group["momentum_unit"]:  # the first step of this phase
                 # without a positive lr so far any unit serves: it cancels in theta
                 reference_lr = float(group["last_lr"] or 0.0) or lr or 1.0
                 group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
-            coefficients = finetune_coefficients(
-                lr=0.0 if live else lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                unit=1.0 if live else float(group["momentum_unit"]),
-                maximize=group["maximize"],
-            )
-            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
-        self._backend.finetune(inputs)
-        self._mark_written()
+        # a live rate's value is none of the host's business
+        numbers = [(None, *rest) if isinstance(lr, Tensor) else (lr, *rest) for lr, *rest in hypers]
+        signs = [group["maximize"] for group in groups]
+        units = None
+        if not exploring:
+            units = [
+                None if isinstance(lr, Tensor) else float(group["momentum_unit"])
+                for group, (lr, _, _) in zip(groups, hypers, strict=True)
+            ]
+        key = (exploring, self.integrator, self.num_data, self._constants, numbers, signs, units)
+        if key != self._coefficients_of:
+            of = self._explore_coefficients if exploring else self._finetune_coefficients
+            self._coefficients_found = [of(group, hyper) for group, hyper in zip(groups, hypers, strict=True)]
+            self._coefficients_of = key
+        return self._coefficients_found
+
+    def _explore_coefficients(self, group: dict[str, Any], hyper: Hypers) -> Coefficients:
+        lr, momentum, weight_decay = hyper
+        live = isinstance(lr, Tensor)
+        coefficients = explore_coefficients(
+            self.integrator,
+            lr=1.0 if live else lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            num_data=self.num_data,
+            c=self._constants,
+            maximize=group["maximize"],
+        )
+        return _without_rate(coefficients, group) if live else coefficients
+
+    def _finetune_coefficients(self, group: dict[str, Any], hyper: Hypers) -> Coefficients:
+        lr, momentum, weight_decay = hyper
+        live = isinstance(lr, Tensor)
+        coefficients = finetune_coefficients(
+            lr=0.0 if live else lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            unit=1.0 if live else float(group["momentum_unit"]),
+            maximize=group["maximize"],
+        )
+        return _without_rate(coefficients, group) if live else coefficients
 
     def _live_rate(self, group: dict[str, Any], lr: Tensor) -> LiveRate:
         """Keeps what the device remembers about a learning rate in tensors of the group."""
@@ -391,16 +473,14 @@ class CTLD(Optimizer):
                 group[name] = torch.full((), value, dtype=torch.float64, device=self._device)
         return LiveRate(lr, group["last_lr"], group["momentum_unit"])
 
-    def _mark_written(self) -> None:
-        """Tells autograd that the parameters changed in place."""
-        torch.autograd.graph.increment_version([s.source for s in self._slots if s.active])
-
-    def _prior_key(self, groups: list[Coefficients]) -> tuple | None:
+    def _prior_key(self, inputs: StepInputs) -> tuple | None:
         """Identifies the parameter values and curvatures that a prior energy belongs to."""
-        scales = tuple(group.prior for group in groups)
+        scales = tuple(group.prior for group in inputs.groups)
         if not any(scales):
             return scales
-        return scales + tuple(s.versions() if s.active else None for s in self._slots)
+        if self._ranks is not None and self._ranks.sharded:
+            return scales, [slot.versions() for slot in self._slots if slot.active], inputs.found.active
+        return scales, inputs.found.active, list(map(_version, inputs.found.parameters))
 
     def finetune(self) -> None:
         """Switches the noise off for good: from the next step on, plain momentum SGD. Keeps momenta."""
@@ -452,7 +532,7 @@ class CTLD(Optimizer):
 
         in_window = state.alpha.abs() <= c.flat
         sampling = torch.full_like(in_window, self.phase == EXPLORE)
-        kinetic = state.kinetic.sum(1).double() * (2.0 * 2.0**-c.kinetic_exponent / max(self._dimension, 1.0))
+        kinetic = kinetic_temperature(state, kinetic_unit(self._dimension, c))
         result = {
             "alpha": per_chain(state.alpha),
             "alpha_momentum": per_chain(state.alpha_momentum),
@@ -476,6 +556,41 @@ class CTLD(Optimizer):
             "free_energy": diagnostics.free_energy(state, c),
             "free_energy_histogram": diagnostics.free_energy_histogram(state, c),
         }
+
+    def history(self) -> dict[str, Tensor]:
+        """The last steps, at most as many as the constructor's ``history``, oldest first.
+
+        One copy from the device to the host, which waits for the steps queued there; the steps themselves
+        write the history on the device and wait for nothing. A step that is left out (a GradScaler found
+        infinite gradients, all learning rates are 0, an invalid rate on the device) is not recorded. Not part
+        of :meth:`state_dict`: after loading a state, and in copies of an optimizer, the history is empty.
+
+        Returns:
+            Tensors on the CPU. ``step``, int64 (n,): steps done before, the counter of the noise.
+            float64 (n, C), or (n,) without chains: ``alpha``; ``temperature`` (0 once the noise is off);
+            ``energy``, in nats, of the parameters before the step: N * loss plus prior energy, over the
+            temperature, as alpha feels it; negative for ``maximize``, NaN where no loss was given. The prior
+            energy is that of ``weight_decay``, counted while exploring with tempering only; without noise
+            from the start (temperature=0) the energy is N * loss. ``kinetic_temperature``: mean squared
+            momentum after the step, NaN without noise.
+
+        Raises:
+            ValueError: if the optimizer was constructed without ``history``.
+        """
+        if not self._history_steps:
+            raise ValueError("there is no history: construct with history=K to keep the last K steps")
+        s = self._sampler
+        # the counters are exact in float64 up to 2**53
+        everything = torch.cat((s.history.view(-1), torch.stack((s.recorded, s.step)).double())).cpu()
+        recorded, step = (int(counter) for counter in everything[-2:])
+        rows = everything[:-2].view(s.history.shape)
+        n = min(recorded, self._history_steps)
+        rows = rows[:n].roll(-(recorded % n), 0) if n else rows[:0]
+        if self.chains is None:
+            rows = rows[:, 0]
+        names = ("alpha", "temperature", "energy", "kinetic_temperature")
+        columns = dict(zip(names, rows.unbind(-1), strict=True))
+        return {"step": torch.arange(step - n, step)} | columns
 
     def _warn_about_run(self) -> None:
         flags = int(self._sampler.flags)
@@ -648,6 +763,7 @@ class CTLD(Optimizer):
                         "stochastic_rounding",
                         "momentum_dtype",
                         "thermostat",
+                        "_history_steps",
                     )
                 },
                 # a process group belongs to its processes

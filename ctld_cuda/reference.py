@@ -310,9 +310,14 @@ def move_alpha(
     return alpha, r
 
 
+def loss_energy(loss: Tensor, c: TemperingConstants) -> Tensor:
+    """N L/T0 in nats, float64 (C,)."""
+    return c.energy_scale * loss
+
+
 def potential_energy(loss: Tensor, state: State, c: TemperingConstants) -> Tensor:
     """U = (N L + prior)/T0 in nats, float64 (C,)."""
-    return c.energy_scale * loss + state.prior.double() * 2.0**-c.prior_exponent
+    return loss_energy(loss, c) + state.prior.double() * 2.0**-c.prior_exponent
 
 
 # ------------------------------------------------------------------------------------ learning the bias
@@ -496,8 +501,9 @@ class Settings(NamedTuple):
 
     ``seed``: 64-bit seed of the noise. ``integrator``: "baoab" or "euler". ``stochastic_rounding``: of what
     is stored in bfloat16; otherwise to nearest. ``num_data``: N. ``group_elements``: with thermostats, the
-    elements of each parameter group that one chain has; otherwise empty. ``partial_sums``: the energies
-    summed are those of one rank; who adds them up then calls :func:`adapt_friction`.
+    elements of each parameter group that one chain has; otherwise empty. ``kinetic_unit``: kinetic
+    temperature per quantum of a chain's kinetic energy, see :func:`kinetic_unit`. ``partial_sums``: the
+    energies summed are those of one rank; who adds them up then calls :func:`adapt_friction`.
     """
 
     seed: int
@@ -505,6 +511,7 @@ class Settings(NamedTuple):
     stochastic_rounding: bool
     num_data: float
     group_elements: tuple[float, ...] = ()
+    kinetic_unit: float = 1.0
     partial_sums: bool = False
 
 
@@ -715,6 +722,44 @@ def _raise_flag(state: State, flag: int, raised: Tensor) -> None:
     state.flags |= torch.where(raised, flag, 0)
 
 
+# -------------------------------------------------------------------------------------------- history
+
+
+def kinetic_unit(dimension: float, c: TemperingConstants) -> float:
+    """The mean of p^2 over the ``dimension`` elements of a chain, per quantum of their kinetic energy."""
+    return 2.0 * 2.0**-c.kinetic_exponent / max(dimension, 1.0)
+
+
+def kinetic_temperature(state: State, unit: float) -> Tensor:
+    """The mean of p^2, float64 (C,)."""
+    return state.kinetic.sum(1).double() * unit
+
+
+def record(energy: Tensor | None, kinetic: Tensor | None, state: State) -> None:
+    """Writes alpha, T, the energy before and the kinetic temperature after a step into the oldest row.
+
+    Both float64 (C,), or None where they are not known: NaN.
+    """
+    rows = state.history.shape[0]
+    if rows == 0:
+        return
+    unknown = torch.full_like(state.alpha, math.nan)
+    columns = (state.alpha, state.temperature, energy, kinetic)
+    entry = torch.stack([unknown if column is None else column for column in columns], -1)
+    wrapped = state.recorded >= rows
+    row = torch.where(wrapped, state.recorded - rows, state.recorded)
+    state.history.index_copy_(0, row.view(1), entry.unsqueeze(0))
+    following = state.recorded + 1
+    state.recorded.copy_(torch.where(following < 2 * rows, following, rows))
+
+
+def record_kinetic(state: State, settings: Settings) -> None:
+    """Writes the kinetic temperature into the newest row again, when the sums of all ranks are known."""
+    row = (state.recorded - 1) % state.history.shape[0]
+    kinetic = kinetic_temperature(state, settings.kinetic_unit)
+    state.history[:, :, 3].index_copy_(0, row.view(1), kinetic.unsqueeze(0))
+
+
 # ------------------------------------------------------------------------------------------- one step
 
 
@@ -729,9 +774,10 @@ def explore(
 ) -> None:
     """One sampling step: alpha (with tempering), every parameter at the new temperature, the thermostats.
 
-    ``loss`` is float64 (C,); ``state.prior`` holds the prior energy of the current parameters; gradients
-    are multiplied by ``unscale``, float64 (), if given.
+    ``loss`` is float64 (C,), or without tempering None; ``state.prior`` holds the prior energy of the current
+    parameters; gradients are multiplied by ``unscale``, float64 (), if given.
     """
+    energy = None if loss is None else potential_energy(loss, state, c)
     if c.bins:
         scale, rescale = temper(loss, state, c, settings.seed)
     else:
@@ -742,6 +788,7 @@ def explore(
         explore_tensor(flat, groups[flat.group], scale, rescale, state, c, settings, unscale)
     if settings.group_elements and not settings.partial_sums:
         adapt_friction(groups, state, c, settings)
+    record(energy, kinetic_temperature(state, settings.kinetic_unit), state)
     state.step += 1
 
 
@@ -751,8 +798,12 @@ def finetune(
     state: State,
     settings: Settings,
     unscale: Tensor | None = None,
+    energy: Tensor | None = None,
 ) -> None:
-    """One noise-free step; parameters without a gradient stay as they are, as in SGD."""
+    """One noise-free step; parameters without a gradient stay as they are, as in SGD.
+
+    ``energy`` is for the history, float64 (C,).
+    """
     for flat in flats:
         if flat.gradient is None:
             continue
@@ -773,6 +824,7 @@ def finetune(
         theta, p = momentum_sgd(theta, flat.momentum.to(theta.dtype), g, mu=mu, k=k, drift=drift)
         store(flat, theta, p, state, settings)
         _raise_flag(state, NONFINITE_PARAMETER, ~torch.isfinite(flat.momentum).all())
+    record(energy, None, state)
     state.step += 1
 
 

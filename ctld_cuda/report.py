@@ -192,7 +192,9 @@ def build(optimizer: CTLD, closure: Callable[[], Any] | None = None) -> Report:
 
 def _on_host(state: State) -> State:
     """A copy that later steps do not change."""
-    return State(**{name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors().items()})
+    return State(
+        **{name: tensor.detach().to("cpu", copy=True) for name, tensor in state.all_tensors().items()}
+    )
 
 
 def _temperatures(

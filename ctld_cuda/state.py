@@ -28,6 +28,8 @@ FLAG_MEANINGS = {
     "apart",
 }
 
+_NOT_SAVED = ("history", "recorded")
+
 
 @dataclass
 class State:
@@ -52,6 +54,10 @@ class State:
         energy_spread: mean absolute deviation from it, float64 (B,); likewise.
         hills: bias deposited by metadynamics in nats, float64 (B,).
         alpha_kinetic: running mean of alpha_momentum**2, float64 (); 1 if alpha is thermal.
+        history: alpha, T, energy in nats and kinetic temperature of the last K steps, float64 (K, C, 4), a
+            ring; not saved.
+        recorded: steps written to it, int64 (), while it fills up; then K plus the row that is next, the
+            oldest. The row written last is (recorded - 1) mod K. Stays 0 without history (K = 0); not saved.
     """
 
     step: torch.Tensor
@@ -70,10 +76,18 @@ class State:
     energy_spread: torch.Tensor
     hills: torch.Tensor
     alpha_kinetic: torch.Tensor
+    history: torch.Tensor
+    recorded: torch.Tensor
 
     @classmethod
     def initial(
-        cls, chains: int, bins: int, temperature: float, device: torch.device, thermostats: int = 0
+        cls,
+        chains: int,
+        bins: int,
+        temperature: float,
+        device: torch.device,
+        thermostats: int = 0,
+        history: int = 0,
     ) -> State:
         """alpha = 0 and at rest, T = T0, nothing learned."""
 
@@ -100,6 +114,8 @@ class State:
             energy_spread=reals(bins),
             hills=reals(bins),
             alpha_kinetic=reals(),
+            history=reals(history, chains, 4),
+            recorded=integers(),
         )
 
     def add_thermostat(self) -> None:
@@ -107,13 +123,17 @@ class State:
         self.kinetic = torch.nn.functional.pad(self.kinetic, (0, 1))
         self.friction = torch.nn.functional.pad(self.friction, (0, 1))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def all_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors themselves, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are saved: all that the next step depends on."""
+        return {name: tensor for name, tensor in self.all_tensors().items() if name not in _NOT_SAVED}
+
     def addresses(self) -> dict[str, int]:
-        """Where they are in memory, by name."""
-        return {name: tensor.data_ptr() for name, tensor in self.tensors().items()}
+        """Where all tensors are in memory, by name; 0 for empty ones."""
+        return {name: tensor.data_ptr() for name, tensor in self.all_tensors().items()}
 
     def check_fits(self, saved: dict[str, torch.Tensor]) -> None:
         """Raises ValueError where ``saved`` could not be restored into this state."""
@@ -135,6 +155,10 @@ class State:
                 )
 
     def restore(self, saved: dict[str, torch.Tensor]) -> None:
-        """Copies ``saved`` into these tensors in place, so that pointers to them stay valid."""
+        """Copies ``saved`` into these tensors in place, so that pointers to them stay valid.
+
+        The history is that of other steps: it starts anew.
+        """
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
+        self.recorded.zero_()

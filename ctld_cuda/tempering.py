@@ -226,8 +226,9 @@ def resolve(
     """Numbers for the backends; ``tempering=None`` gives a coordinate that never leaves alpha = 0.
 
     ``dimension`` counts the parameters of one chain; ``momentum`` and ``weight_decay`` are the largest
-    of all groups. The fixed-point exponents leave room for momenta of 128 standard deviations at the
-    highest temperature (the first gradients are large) and for parameters of magnitude 64.
+    of all groups. Without noise (temperature 0) energies are those at temperature 1. The fixed-point
+    exponents leave room for momenta of 128 standard deviations at the highest temperature (the first
+    gradients are large) and for parameters of magnitude 64.
     """
     moving = tempering is not None
     t = tempering if moving else Tempering()
@@ -239,7 +240,7 @@ def resolve(
     noise_variance = 1.0 - t.persistence * t.persistence
     return TemperingConstants(
         base_temperature=float(temperature),
-        energy_scale=(-num_data if maximize else num_data) / temperature if temperature > 0 else 0.0,
+        energy_scale=(-num_data if maximize else num_data) / (temperature if temperature > 0 else 1.0),
         scale_range=math.sqrt(t.max_temperature) - 1.0 if moving else 0.0,
         flat=float(t.flat),
         limit=float(t.limit),

@@ -57,7 +57,15 @@ def hyper_parameters(
     Raises:
         ValueError, TypeError: if one is negative, not finite, or momentum is not below 1.
     """
-    lr = group["lr"]
+    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    if (
+        type(lr) is type(momentum) is float
+        and type(decay) in (float, int)
+        and 0.0 <= lr < math.inf
+        and 0.0 <= momentum < 1.0
+        and 0.0 <= decay < math.inf
+    ):
+        return lr, momentum, float(decay)
     if isinstance(lr, Tensor) and live_on is not None and lr.device == live_on:
         if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -66,10 +74,10 @@ def hyper_parameters(
             )
     else:
         lr = non_negative("lr", lr)
-    momentum = non_negative("momentum", group["momentum"])
+    momentum = non_negative("momentum", momentum)
     if momentum >= 1:
         raise ValueError(f"momentum must be below 1, got {momentum}")
-    return lr, momentum, non_negative("weight_decay", group["weight_decay"])
+    return lr, momentum, non_negative("weight_decay", decay)
 
 
 def settings(
@@ -170,8 +178,13 @@ def loss(value: Any, chains: int | None, device: torch.device) -> Tensor:
         raise ValueError(
             f"with chains={chains} the loss must have shape ({chains},), got {tuple(value.shape)}"
         )
-    dtype = value.dtype if value.dtype in LOSS_DTYPES else torch.float64
-    return value.detach().to(device=device, dtype=dtype).reshape(-1).contiguous()
+    if value.is_meta:
+        raise ValueError("the loss is on the device 'meta', which holds no values")
+    if value.dtype not in LOSS_DTYPES or value.device != device:
+        value = value.to(device=device, dtype=value.dtype if value.dtype in LOSS_DTYPES else torch.float64)
+    if value.requires_grad:
+        value = value.detach()
+    return value.reshape(-1).contiguous()
 
 
 def thermostat(wanted: bool, momentum: float) -> None:

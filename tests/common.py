@@ -24,7 +24,7 @@ def everything(optimizer):
         for i, p in enumerate(group["params"]):
             found[f"parameter {g}.{i}"] = p
             found[f"momentum {g}.{i}"] = optimizer.state[p]["momentum_buffer"]
-    return found | optimizer._sampler.tensors()
+    return found | optimizer._sampler.all_tensors()
 
 
 def differing(a, b):

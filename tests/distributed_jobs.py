@@ -259,7 +259,7 @@ def error_of(function, *arguments):
     """Type and message of what a function raises; None if nothing."""
     try:
         function(*arguments)
-    except Exception as error:
+    except BaseException as error:  # as CheckpointException is
         return type(error).__name__, str(error)
     return None
 

@@ -74,7 +74,7 @@ def test_replaying_a_graph_is_stepping(phase):
     shapes = [(5,), (5000,), (70_000,)]
 
     def prepared():
-        optimizer = live_groups(shapes, tempering=MOVING)
+        optimizer = live_groups(shapes, tempering=MOVING, history=64)
         for p in parameters_of(optimizer):
             p.grad = torch.full_like(p, 0.01)
         loss = torch.full((), 1.0, device="cuda")
@@ -127,7 +127,7 @@ def test_counting_steps_in_a_graph_is_refused():
 
 @pytest.mark.parametrize("tempering", [None, MOVING])
 def test_a_step_never_waits_for_the_host(tempering):
-    optimizer = live_groups([(5,), (5000,)], tempering=tempering, weight_decay=0.1)
+    optimizer = live_groups([(5,), (5000,)], tempering=tempering, weight_decay=0.1, history=4)
     run(optimizer, 2)
     loss = torch.ones((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
@@ -146,7 +146,7 @@ def test_a_step_never_waits_for_the_host(tempering):
 
 
 def test_one_launch_per_step():
-    optimizer = two_groups([(64,)] * 1000, backend="cuda", tempering=MOVING)
+    optimizer = two_groups([(64,)] * 1000, backend="cuda", tempering=MOVING, history=4)
     run(optimizer, 2)
     loss = torch.ones((), device="cuda")
     torch.cuda.synchronize()

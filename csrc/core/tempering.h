@@ -178,9 +178,15 @@ struct ChainStep {
   Visit visit;
 };
 
+CTLD_HD double loss_energy(double loss, const TemperingConstants& c) { return c.energy_scale * loss; }
+
+CTLD_HD double potential_energy(double loss, int64_t prior, const TemperingConstants& c) {
+  return loss_energy(loss, c) + static_cast<double>(prior) * c.prior_quantum;
+}
+
 CTLD_HD ChainStep temper_chain(double alpha, double r, double loss, int64_t prior, double xi,
                                const Bias& bias, const TemperingConstants& c) {
-  const double energy = c.energy_scale * loss + static_cast<double>(prior) * c.prior_quantum;
+  const double energy = potential_energy(loss, prior, c);
   const bool finite = is_finite(energy);
   ChainStep step;
   step.alpha = alpha;
@@ -302,6 +308,23 @@ CTLD_HD void learn_alpha_kinetic(const BinSums& sums, const Tables& tables) {
       static_cast<double>(*sums.r_square) * 0x1p-20 - static_cast<double>(fresh) * *tables.alpha_kinetic;
   const int64_t samples = *tables.samples;
   *tables.alpha_kinetic = *tables.alpha_kinetic + surplus / static_cast<double>(samples > 0 ? samples : 1);
+}
+
+// ------------------------------------------------------------------------------------------ history
+
+// The columns of a chain's entry in a row.
+constexpr int32_t kAlphaColumn = 0, kTemperatureColumn = 1, kEnergyColumn = 2, kKineticColumn = 3;
+constexpr int32_t kColumns = 4;
+
+CTLD_HD double unknown() { return bit_cast<double>(static_cast<uint64_t>(0x7FF8000000000000)); }
+
+// The row that is written next; `recorded` as in ctld_cuda/state.py.
+CTLD_HD int64_t next_row(int64_t recorded, int64_t rows) {
+  return recorded < rows ? recorded : recorded - rows;
+}
+
+CTLD_HD int64_t recorded_after(int64_t recorded, int64_t rows) {
+  return recorded + 1 < 2 * rows ? recorded + 1 : rows;
 }
 
 CTLD_NAMESPACE_END

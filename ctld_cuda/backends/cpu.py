@@ -11,7 +11,7 @@ from ..layout import Slot
 from ..reference import Settings, unscale_factor
 from ..state import State
 from ..tempering import TemperingConstants
-from .extension import _C, WHY_NOT, plan_arguments
+from .extension import _C, WHY_NOT, address_of, plan_arguments, with_staged
 from .interface import StepInputs
 
 
@@ -28,7 +28,9 @@ class CpuBackend:
         self, slots: Sequence[Slot], state: State, constants: TemperingConstants, settings: Settings
     ) -> None:
         self._slots = slots
-        self._staged = [slot for slot in slots if not slot.direct]
+        self._staged = [i for i, slot in enumerate(slots) if not slot.direct]
+        self._momenta = [slot.momentum_address for slot in slots]
+        self._placed: list[int] | None = None  # the parameters' addresses in the plan
         self._state = state  # keeps the tensors behind the addresses alive
         self._baoab = settings.integrator == "baoab"
         isa = os.environ.get("CTLD_INSTRUCTION_SET") or _C.instruction_sets()[0]
@@ -42,39 +44,33 @@ class CpuBackend:
 
     def explore(self, inputs: StepInputs) -> None:
         """One sampling step."""
-        loss = None if inputs.loss is None else inputs.loss.double()
-        address = 0 if loss is None else loss.data_ptr()
-        addresses = self._addresses(inputs)
-        threads = torch.get_num_threads()
-        self._plan.explore(addresses, inputs.groups, self._baoab, address, _unscale(inputs), threads)
+        gradients, loss, threads = self._gradients(inputs), address_of(inputs.loss), torch.get_num_threads()
+        self._plan.explore(gradients, inputs.groups, self._baoab, loss, _unscale(inputs), threads)
         self._commit()
 
     def finetune(self, inputs: StepInputs) -> None:
         """One noise-free step."""
-        addresses = self._addresses(inputs)
-        self._plan.finetune(addresses, inputs.groups, _unscale(inputs), torch.get_num_threads())
+        gradients, loss, threads = self._gradients(inputs), address_of(inputs.loss), torch.get_num_threads()
+        self._plan.finetune(gradients, inputs.groups, loss, _unscale(inputs), threads)
         self._commit()
 
     def reduce_prior_energy(self, inputs: StepInputs) -> None:
         """Recomputes the prior energy from the parameters as they are."""
-        addresses = self._addresses(inputs)
-        self._plan.reduce_prior_energy(addresses, inputs.groups, torch.get_num_threads())
+        self._gradients(inputs)
+        self._plan.reduce_prior_energy(inputs.groups, torch.get_num_threads())
 
-    def _addresses(self, inputs: StepInputs) -> list[int]:
-        """Parameter, momentum and gradient of each slot, 0 for none."""
-        addresses: list[int] = []
-        for slot, gradient in zip(self._slots, inputs.gradients, strict=True):
-            if not slot.active:
-                addresses += (0, 0, 0)
-                continue
-            theta = slot.address if slot.direct else slot.theta().data_ptr()
-            addresses += (theta, slot.momentum_address, 0 if gradient is None else gradient.data_ptr())
-        return addresses
+    def _gradients(self, inputs: StepInputs) -> list[int]:
+        """Address of each gradient, 0 for none; also tells the plan where the parameters are."""
+        addresses = with_staged(inputs.found, self._slots, self._staged)
+        if addresses is not self._placed:
+            self._plan.place(addresses, self._momenta)
+            self._placed = addresses
+        return inputs.found.gradient_addresses
 
     def _commit(self) -> None:
-        for slot in self._staged:
-            if slot.active:
-                slot.commit()
+        for i in self._staged:
+            if self._slots[i].active:
+                self._slots[i].commit()
 
 
 def _unscale(inputs: StepInputs) -> float:

@@ -10,10 +10,9 @@ from ..layout import Slot
 from ..reference import Settings
 from ..state import State
 from ..tempering import TemperingConstants
-from .extension import _C, WHY_NOT, plan_arguments
+from .extension import _C, WHY_NOT, address_of, plan_arguments, with_staged
 from .interface import StepInputs
 
-_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _HOST_RATE = (0, 0, 0, 0)
 _OLDEST_ARCHITECTURE = (7, 5)
 
@@ -91,14 +90,10 @@ class CudaBackend:
 
     def _gradients(self, inputs: StepInputs) -> list[int]:
         """Address of each gradient, 0 for none; also brings the table up to date."""
-        slots = self._slots
-        parameters = [slot.address if slot.active else 0 for slot in slots]
-        for i in self._staged:
-            if slots[i].active:
-                parameters[i] = slots[i].theta().data_ptr()
-        if parameters != self._placed:
-            self._place(parameters)
-        return [0 if gradient is None else gradient.data_ptr() for gradient in inputs.gradients]
+        addresses = with_staged(inputs.found, self._slots, self._staged)
+        if addresses is not self._placed and addresses != self._placed:
+            self._place(addresses)
+        return inputs.found.gradient_addresses
 
     def _place(self, parameters: list[int]) -> None:
         """Puts addresses into the table on the device."""
@@ -121,15 +116,12 @@ class CudaBackend:
 def _addresses_of(inputs: StepInputs):
     """Rates and scalars as the plan takes them."""
     rates = [
-        _HOST_RATE
-        if rate is None
-        else (rate.lr.data_ptr(), _NUMBERS[rate.lr.dtype], rate.last.data_ptr(), rate.unit.data_ptr())
+        _HOST_RATE if rate is None else (*address_of(rate.lr), rate.last.data_ptr(), rate.unit.data_ptr())
         for rate in inputs.rates
     ]
-    loss, grad_scale, found_inf = inputs.loss, inputs.grad_scale, inputs.found_inf
+    grad_scale, found_inf = inputs.grad_scale, inputs.found_inf
     scalars = (
-        0 if loss is None else loss.data_ptr(),
-        0 if loss is None else _NUMBERS[loss.dtype],
+        *address_of(inputs.loss),
         0 if grad_scale is None else grad_scale.data_ptr(),
         0 if found_inf is None else found_inf.data_ptr(),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import Slot
+from ..layout import Found, Slot
 from ..reference import Settings
 from ..state import State
 from ..tempering import ADAPTIVE, FULL, STANDARDIZED, TemperingConstants
@@ -27,6 +27,7 @@ _FORMATS = {
     (torch.float64, torch.float64): 3,
     (torch.bfloat16, torch.bfloat16): 4,
 }
+_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _COUPLINGS = {FULL: 0, ADAPTIVE: 1, STANDARDIZED: 2}
 
 
@@ -41,4 +42,21 @@ def plan_arguments(
     numbers = dataclasses.asdict(constants) | {"coupling": _COUPLINGS[constants.coupling]}
     chains = state.alpha.numel()
     options = settings.seed, settings.stochastic_rounding, settings.group_elements, settings.partial_sums
-    return infos, chains, numbers, state.addresses(), *options
+    history = state.history.shape[0], settings.kinetic_unit
+    return infos, chains, numbers, state.addresses(), *options, *history
+
+
+def address_of(number: torch.Tensor | None) -> tuple[int, int]:
+    """Where numbers of any floating type are, and of which type; (0, 0) for none."""
+    return (0, 0) if number is None else (number.data_ptr(), _NUMBERS[number.dtype])
+
+
+def with_staged(found: Found, slots: Sequence[Slot], staged: Sequence[int]) -> list[int]:
+    """The parameters' addresses, those at the indices ``staged`` being copies."""
+    if not staged:
+        return found.addresses
+    addresses = found.addresses.copy()
+    for i in staged:
+        if slots[i].active:
+            addresses[i] = slots[i].theta().data_ptr()
+    return addresses

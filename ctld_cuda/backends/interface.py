@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..layout import Found
 from ..reference import Coefficients
 
 
@@ -26,16 +27,17 @@ class StepInputs(NamedTuple):
     """The inputs of one step.
 
     Attributes:
-        gradients: of each parameter in the backends' order of elements; None: zero, or not active.
+        found: the parameters and their gradients.
         groups: scalars of each parameter group. Where ``rates`` has a LiveRate, ``gradient`` is only the
             sign (-1 for maximize) and ``drift`` has no meaning: both follow from the learning rate.
         rates: for each group a LiveRate or None; only backends with ``on_device`` get any.
-        loss: energies of the chains, any floating type, (C,) and contiguous; None without tempering.
+        loss: mean losses of the chains, any floating type, (C,) and contiguous; None where neither alpha nor
+            the history needs them.
         grad_scale: the gradients are this many times too large, float32 (); or None.
         found_inf: nothing must change if this is not 0, float32 (); or None. Only for ``on_device``.
     """
 
-    gradients: Sequence[Tensor | None]
+    found: Found
     groups: Sequence[Coefficients]
     rates: Sequence[LiveRate | None]
     loss: Tensor | None = None

@@ -48,7 +48,10 @@ class ReferenceBackend:
 
     def finetune(self, inputs: StepInputs) -> None:
         """One noise-free step."""
-        reference.finetune(self._flats(inputs), inputs.groups, self._state, self._settings, _unscale(inputs))
+        loss = inputs.loss
+        energy = None if loss is None else reference.loss_energy(loss.double(), self._constants)
+        flats = self._flats(inputs)
+        reference.finetune(flats, inputs.groups, self._state, self._settings, _unscale(inputs), energy)
         self._commit()
 
     def reduce_prior_energy(self, inputs: StepInputs) -> None:
@@ -56,7 +59,7 @@ class ReferenceBackend:
         reference.reduce_prior_energy(self._flats(inputs), inputs.groups, self._state)
 
     def _flats(self, inputs: StepInputs):
-        pairs = zip(self._slots, inputs.gradients, strict=True)
+        pairs = zip(self._slots, inputs.found.gradients, strict=True)
         return [slot.flat(gradient) for slot, gradient in pairs if slot.active]
 
     def _commit(self) -> None:

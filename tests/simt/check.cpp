@@ -43,6 +43,7 @@ struct Scenario {
 constexpr int32_t kBins = 12;
 constexpr int64_t kGroups = 2;
 constexpr int kSteps = 2;
+constexpr int64_t kHistoryRows = 2;
 
 template <class T>
 T rounded(float x) {
@@ -115,6 +116,8 @@ struct State {
     pointers.energy_spread = reals(kBins);
     pointers.hills = reals(kBins);
     pointers.alpha_kinetic = reals(1);
+    pointers.history = reals(kHistoryRows * chains * kColumns);
+    pointers.recorded = integers(1);
   }
   int64_t* integers(int64_t n) {
     memory.push_back(std::make_unique<Memory>(8 * n, 0));
@@ -161,7 +164,7 @@ uint64_t run(const Scenario& scenario, uint32_t blocks, unsigned resident) {
     pointers.push_back({at[0], at[1], at[2]});
   }
   CudaPlan plan(infos, chains, constants(chains), state.pointers, 0x123456789ull, true, group_elements, false,
-                10.0, blocks);
+                {kHistoryRows, 1e-6}, 10.0, blocks);
   Memory scratch(plan.scratch_bytes(), 0);
   std::memset(scratch.data(), 0, plan.scratch_bytes());
   plan.use_scratch(scratch.data());
