@@ -26,7 +26,7 @@ class FlatTensor(NamedTuple):
     theta: Tensor
     momentum: Tensor
     gradient: Tensor | None
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method, not needed here
     group: int
     first: int = 0
     counted: bool = True
@@ -48,7 +48,7 @@ def in_memory_order(tensor: Tensor, chains: int) -> bool:
     if tensor.numel() == 0:
         return True
     dims = [d for d in range(tensor.dim()) if tensor.shape[d] != 1]
-    dims.sort(key=lambda d: -tensor.stride(d))
+    dims.sort(key=lambda d: -tensor.stride(d))  # type: ignore[operator]
     expected = 1
     for d in reversed(dims):
         if tensor.stride(d) != expected:
@@ -171,7 +171,7 @@ class Slot:
 
     def commit(self) -> None:
         """Writes a staged parameter back; nothing to do for a view."""
-        if not self.direct:
+        if self._staged_parameter is not None:
             self.parameter.detach().copy_(self._staged_parameter)
 
     def gradient(self) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ class CTLD(Optimizer):
         validation.flag("thermostat", thermostat)
         validation.rounding(stochastic_rounding, momentum_dtype)
         validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
-        self.num_data = float(num_data)
+        self.num_data = float(num_data)  # type: ignore[arg-type]  # settings() has refused None
         self.temperature = float(temperature)
         self.integrator = integrator
         self.tempering = tempering
@@ -128,9 +128,9 @@ class CTLD(Optimizer):
         self.thermostat = thermostat
         self.process_group = process_group
         self.phase = EXPLORE if temperature > 0 else FINETUNE
-        self._backend_name = backend
+        self._backend_name: str = backend  # type: ignore[assignment]  # chosen below
         self._explored = 0
-        self._sampler: State | None = None
+        self._sampler: State = None  # type: ignore[assignment]  # until there are parameters
         self._forget_derived()
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         validation.hyper_parameters(defaults)
@@ -196,10 +196,10 @@ class CTLD(Optimizer):
 
     def _forget_derived(self) -> None:
         """Drops what can be rebuilt: slots, backend and the knowledge whose prior energy is stored."""
-        self._slots: list[Slot] | None = None
+        self._slots: list[Slot] = []
         self._backend: Any = None
         self._ranks: distributed.Ranks | None = None
-        self._prior_of: tuple | None = None
+        self._prior_of: tuple[Any, ...] | None = None
         self._reported_flags = 0
 
     def _prepare(self) -> None:
@@ -342,7 +342,7 @@ class CTLD(Optimizer):
                 group["last_lr"] = lr if lr > 0 else group["last_lr"]
             coefficients = explore_coefficients(
                 self.integrator,
-                lr=1.0 if live else lr,
+                lr=1.0 if isinstance(lr, Tensor) else lr,
                 momentum=momentum,
                 weight_decay=weight_decay,
                 num_data=self.num_data,
@@ -367,12 +367,12 @@ class CTLD(Optimizer):
     def _finetune(self, hypers: list[tuple[float | Tensor, float, float]], inputs: StepInputs) -> None:
         for group, (lr, momentum, weight_decay) in zip(self.param_groups, hypers, strict=True):
             live = isinstance(lr, Tensor)
-            if not live and not group["momentum_unit"]:  # the first step of this phase
+            if not isinstance(lr, Tensor) and not group["momentum_unit"]:  # the first step of this phase
                 # without a positive lr so far any unit serves: it cancels in theta
                 reference_lr = float(group["last_lr"] or 0.0) or lr or 1.0
                 group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
             coefficients = finetune_coefficients(
-                lr=0.0 if live else lr,
+                lr=0.0 if isinstance(lr, Tensor) else lr,
                 momentum=momentum,
                 weight_decay=weight_decay,
                 unit=1.0 if live else float(group["momentum_unit"]),
@@ -395,9 +395,9 @@ class CTLD(Optimizer):
         """Tells autograd that the parameters changed in place."""
         torch.autograd.graph.increment_version([s.source for s in self._slots if s.active])
 
-    def _prior_key(self, groups: list[Coefficients]) -> tuple | None:
+    def _prior_key(self, groups: list[Coefficients]) -> tuple[Any, ...] | None:
         """Identifies the parameter values and curvatures that a prior energy belongs to."""
-        scales = tuple(group.prior for group in groups)
+        scales: tuple[Any, ...] = tuple(group.prior for group in groups)
         if not any(scales):
             return scales
         return scales + tuple(s.versions() if s.active else None for s in self._slots)
@@ -425,7 +425,7 @@ class CTLD(Optimizer):
             raise ValueError("without tempering there is no alpha for the energy's noise to heat")
         self.tempering = dataclasses.replace(self.tempering, energy_noise=noise)
         self._constants = dataclasses.replace(self._constants, energy_noise=float(noise))
-        self._slots = self._backend = None
+        self._slots, self._backend = [], None
 
     # ---------------------------------------------------------------------------------- reporting
 
@@ -482,16 +482,16 @@ class CTLD(Optimizer):
         for sentence in diagnostics.flag_report(flags & ~self._reported_flags):
             warnings.warn(f"CTLD: {sentence}", RuntimeWarning, stacklevel=3)
         self._reported_flags |= flags
-        sentence = diagnostics.alpha_kinetic_report(self._sampler, self._constants)
-        if sentence:
-            warnings.warn(f"CTLD: {sentence}", RuntimeWarning, stacklevel=3)
+        report = diagnostics.alpha_kinetic_report(self._sampler, self._constants)
+        if report:
+            warnings.warn(f"CTLD: {report}", RuntimeWarning, stacklevel=3)
 
     # ----------------------------------------------------------------------------------- persistence
 
     def _configuration(self) -> dict[str, Any]:
         """What must agree between the optimizer that saved a state and the one that loads it."""
         tempering = self.tempering and dataclasses.asdict(self.tempering)
-        if tempering:
+        if tempering and self.tempering:
             del tempering["energy_noise"]  # a measured number, saved with the constants
             tempering["bias_type"] = type(self.tempering.bias).__name__
         return {
@@ -561,7 +561,7 @@ class CTLD(Optimizer):
             self._load_sampler(sampler)
 
     @contextlib.contextmanager
-    def _hooks_run_here(self, state_dict: dict[str, Any]):
+    def _hooks_run_here(self, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Runs the user's load hooks around the whole of our loading instead of the base class's."""
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = dict(state_dict)
@@ -574,8 +574,8 @@ class CTLD(Optimizer):
         finally:
             self._optimizer_load_state_dict_pre_hooks = before
             self._optimizer_load_state_dict_post_hooks = after
-        for hook in after.values():
-            hook(self)
+        for after_hook in after.values():
+            after_hook(self)
 
     def _check_fits(self, state_dict: dict[str, Any]) -> list[Tensor | None]:
         """The saved momenta in the order of our parameters, if everything fits."""

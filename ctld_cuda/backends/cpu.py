@@ -37,8 +37,13 @@ class CpuBackend:
     @staticmethod
     def info() -> dict[str, object]:
         if _C is None:
-            return {"usable": False, "reason": WHY_NOT, "instruction_sets": []}
-        return {"usable": True, "reason": "", "instruction_sets": _C.instruction_sets()}
+            return {"usable": False, "reason": WHY_NOT, "instruction_sets": [], "openmp": False}
+        return {
+            "usable": True,
+            "reason": "",
+            "instruction_sets": _C.instruction_sets(),
+            "openmp": _C.openmp,
+        }
 
     def explore(self, inputs: StepInputs) -> None:
         """One sampling step."""
@@ -67,7 +72,8 @@ class CpuBackend:
             if not slot.active:
                 addresses += (0, 0, 0)
                 continue
-            theta = slot.address if slot.direct else slot.theta().data_ptr()
+            # active slots have an address
+            theta: int = slot.address if slot.direct else slot.theta().data_ptr()  # type: ignore[assignment]
             addresses += (theta, slot.momentum_address, 0 if gradient is None else gradient.data_ptr())
         return addresses
 

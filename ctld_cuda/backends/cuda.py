@@ -14,7 +14,8 @@ from .extension import _C, WHY_NOT, plan_arguments
 from .interface import StepInputs
 
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_HOST_RATE = (0, 0, 0, 0)
+_Rate = tuple[int, int, int, int]
+_HOST_RATE: _Rate = (0, 0, 0, 0)
 _OLDEST_ARCHITECTURE = (7, 5)
 
 
@@ -92,7 +93,8 @@ class CudaBackend:
     def _gradients(self, inputs: StepInputs) -> list[int]:
         """Address of each gradient, 0 for none; also brings the table up to date."""
         slots = self._slots
-        parameters = [slot.address if slot.active else 0 for slot in slots]
+        # active slots have an address
+        parameters: list[int] = [slot.address if slot.active else 0 for slot in slots]  # type: ignore[misc]
         for i in self._staged:
             if slots[i].active:
                 parameters[i] = slots[i].theta().data_ptr()
@@ -118,7 +120,7 @@ class CudaBackend:
                 self._slots[i].commit()
 
 
-def _addresses_of(inputs: StepInputs):
+def _addresses_of(inputs: StepInputs) -> tuple[list[_Rate], tuple[int, int, int, int]]:
     """Rates and scalars as the plan takes them."""
     rates = [
         _HOST_RATE
