@@ -52,7 +52,7 @@ package: .venv/installed  ## build sdist and wheel, check them, install the sdis
 
 .PHONY: clean
 clean:  ## remove .venv and everything that was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache ctld_cuda/*.so
+	rm -rf .venv build dist package *.egg-info .pytest_cache .ruff_cache .mypy_cache ctld_cuda/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: check-tools

@@ -56,6 +56,11 @@ def check_tools():
 
 
 @pytest.fixture
+def check_package():
+    return load(ROOT / "tools" / "check_package.py")
+
+
+@pytest.fixture
 def cuda_toolkit():
     return importlib.import_module("cuda_toolkit")
 
@@ -407,6 +412,30 @@ def test_source_distribution_is_complete(source_copy):
         paths = (source_copy / folder).rglob("*.*")
         needed += [path.relative_to(source_copy).as_posix() for path in paths]
     assert sorted(set(needed) - packed) == []
+
+
+def test_the_check_of_the_package_finds_faults(check_package):
+    needs, forbids = [r"a\.py", r"_C\.[^/]*\.so"], [r".*\.o", r"tests/.*"]
+    assert check_package.complaints(["a.py", "_C.x.so"], needs, forbids) == []
+    assert check_package.complaints(["a.pyc", "b/c.o", "tests/a.py"], needs, forbids) == [
+        *(r"a\.py is missing", r"_C\.[^/]*\.so is missing"),
+        *("b/c.o does not belong there", "tests/a.py does not belong there"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "instruction_sets", "right"),
+    [
+        ("x86_64", ["v4", "v3", "v1"], True),
+        ("x86_64", ["v4"], False),
+        ("arm64", ["neon"], True),
+        ("riscv64", ["generic"], True),
+        ("x86_64", [], False),
+    ],
+)
+def test_an_extension_must_serve_every_processor(check_package, machine, instruction_sets, right):
+    found = check_package.check_extension({"instruction_sets": instruction_sets}, machine)
+    assert (found == []) == right
 
 
 def test_version_is_the_same_everywhere():
