@@ -44,7 +44,7 @@ format: .venv/installed  ## fix style and formatting
 
 .PHONY: docs
 docs: .venv/installed  ## build the documentation site into build/site, every warning an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: package
 package: .venv/installed  ## build sdist and wheel, check them, install the sdist where torch is not
