@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 # (numel, first, counted, index, group, format) of a tensor
-_Info = tuple[int, int, int, int, int, int]
+_Info = tuple[int, int, bool, int, int, int]
 # (momentum, gradient, drift, noise, weight_decay, prior) of a group
 _Group = tuple[float, float, float, float, float, float]
 # (address of lr, its type, of the last positive lr, of the momentum unit); zeros for a rate of the host

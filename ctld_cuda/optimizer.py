@@ -352,12 +352,12 @@ class CTLD(Optimizer):
             inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
         if self._prior_of != self._prior_key(inputs.groups):
             self._backend.reduce_prior_energy(inputs)
-        sharded = self._ranks is not None and self._ranks.sharded
+        sharded = self._ranks if self._ranks is not None and self._ranks.sharded else None
         if sharded and any(group.prior for group in inputs.groups):
-            self._ranks.sum_(self._sampler.prior)
+            sharded.sum_(self._sampler.prior)
         self._backend.explore(inputs)
         if sharded:
-            self._ranks.add_up(self._sampler)
+            sharded.add_up(self._sampler)
             if self.thermostat:
                 adapt_friction(inputs.groups, self._sampler, self._constants, self._settings)
         self._explored += 1

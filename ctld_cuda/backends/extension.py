@@ -22,7 +22,7 @@ else:
 
 # tensors, chains, constants, state, seed, stochastic, group_elements, partial_sums: see _C.pyi
 PlanArguments = tuple[
-    list[tuple[int, int, int, int, int, int]],
+    list[tuple[int, int, bool, int, int, int]],
     int,
     dict[str, float],
     dict[str, int],
