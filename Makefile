@@ -32,18 +32,27 @@ check-cuda: .venv/installed  ## compile the CUDA kernels for all GPUs and check 
 	$(BIN)/python tools/check_cuda.py
 
 .PHONY: lint
-lint: .venv/installed  ## check style and formatting
+lint: .venv/installed  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .PHONY: format
 format: .venv/installed  ## fix style and formatting
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 
+.PHONY: docs
+docs: .venv/installed  ## build the documentation site into build/site, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: package
+package: .venv/installed  ## build sdist and wheel, check them, install the sdist where torch is not
+	$(BIN)/python tools/check_package.py $(ARGS)
+
 .PHONY: clean
 clean:  ## remove .venv and everything that was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache ctld_cuda/*.so
+	rm -rf .venv build dist package *.egg-info .pytest_cache .ruff_cache .mypy_cache ctld_cuda/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: check-tools
@@ -61,5 +70,5 @@ check-tools:  ## name the system packages that are missing
 
 .venv/installed: .venv/torch setup.py pyproject.toml tools/check_tools.py tools/cuda_toolkit.py $(SOURCES)
 	@$(PYTHON) tools/check_tools.py
-	$(BIN)/pip install --quiet -e ".[test,examples,dev]"
+	$(BIN)/pip install --quiet -e ".[test,examples,dev,docs]"
 	@touch $@

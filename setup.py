@@ -8,6 +8,7 @@ built where nvcc works.
 """
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -23,12 +24,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 # tools/ is not importable before the line above
 import cuda_toolkit  # noqa: E402
-from check_tools import build_problems, compiler  # noqa: E402
+from check_tools import build_problems, compiler, openmp_problem  # noqa: E402
 
 # Every backend must produce the same bits: no fused multiply-add, nothing that reorders arithmetic, and
 # nothing that depends on the machine that compiles.
 HOST_FLAGS = [
-    *("-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-fPIC", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra"),
 ]
@@ -43,6 +44,13 @@ INSTRUCTION_SETS = {
     },
     "aarch64": {"neon": []},
 }
+OTHER_NAMES = {"arm64": "aarch64", "amd64": "x86_64"}
+
+# without OpenMP the pragmas mean nothing, and what only they mention seems unused
+WITHOUT_OPENMP = ["-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"]
+
+# Python's own symbols are found when the module is loaded, which only macOS' linker wants to be told.
+LINK_FLAGS = {"linux": ["-shared", "-s"], "darwin": ["-bundle", "-undefined", "dynamic_lookup"]}
 
 RULES = """\
 rule compile
@@ -51,7 +59,7 @@ rule compile
   deps = gcc
   description = compile $out
 rule link
-  command = $cxx -shared -fopenmp -s $in $link_flags -o $out
+  command = $cxx $in $link_flags -o $out
   description = link $out
 """
 
@@ -90,12 +98,15 @@ def cuda_step(obj, source, *, cuda, cxx, werror):
     return f"{variables}{CUDA_RULE}build {obj}: compile_cuda {ninja_path(source)}\n"
 
 
-def ninja_text(*, csrc, cxx, machine, python_includes, output, werror, cuda):
+def ninja_text(*, csrc, cxx, machine, python_includes, output, werror, cuda, openmp=True, system="linux"):
     """The build.ninja that compiles the sources in `csrc` and links them into `output`.
 
-    `cuda` is the toolkit for the CUDA part, or None to leave that out.
+    `cuda` is the toolkit for the CUDA part, or None to leave that out. Without `openmp` the CPU part uses one
+    thread.
     """
-    flags = [*FLAGS, f"-I{csrc}", *(["-Werror"] if werror else [])]
+    parallel = ["-fopenmp"] if openmp else []
+    flags = [*FLAGS, *(parallel or WITHOUT_OPENMP), f"-I{csrc}", *(["-Werror"] if werror else [])]
+    link_flags = [*LINK_FLAGS.get(system, LINK_FLAGS["linux"]), *parallel, *(cuda.link_flags if cuda else [])]
     # Only the bindings see Python: the other objects survive a change of the (temporary) build environment.
     # As system headers, because their warnings are not ours to fix.
     bindings_flags = [f"-isystem{path}" for path in python_includes]
@@ -105,7 +116,7 @@ def ninja_text(*, csrc, cxx, machine, python_includes, output, werror, cuda):
         "bind_cpu.o": compile_step("bind_cpu.o", csrc / "bind_cpu.cpp", bindings_flags),
         "cpu.o": compile_step("cpu.o", csrc / "cpu.cpp"),
     }
-    for isa, isa_flags in INSTRUCTION_SETS.get(machine, {"generic": []}).items():
+    for isa, isa_flags in INSTRUCTION_SETS.get(OTHER_NAMES.get(machine, machine), {"generic": []}).items():
         obj = f"cpu_tile.{isa}.o"
         steps[obj] = compile_step(obj, csrc / "cpu_tile.cpp", [*isa_flags, f"-DCTLD_ISA={isa}"])
     if cuda:
@@ -116,7 +127,7 @@ def ninja_text(*, csrc, cxx, machine, python_includes, output, werror, cuda):
         [
             f"cxx = {ninja_flags(cxx)}\n",
             f"flags = {ninja_flags(flags)}\n",
-            f"link_flags = {ninja_flags(cuda.link_flags if cuda else [])}\n",
+            f"link_flags = {ninja_flags(link_flags)}\n",
             RULES,
             *steps.values(),
             f"build {output}: link {' '.join(steps)}\n",
@@ -156,6 +167,19 @@ def usable_cuda(mode):
         return None
 
 
+def usable_openmp():
+    problem = openmp_problem()
+    if problem:
+        say(notice("several threads on the CPU (the C++ step will use one)", [problem]))
+    return not problem
+
+
+def machine_of(plat_name):
+    """The processor to compile for; where Python itself serves several, the one this runs on."""
+    machine = plat_name.rpartition("-")[2]
+    return platform.machine() if machine.startswith("universal") else machine
+
+
 class NinjaBuild(build_ext):
     def run(self):
         mode = cuda_toolkit.cuda_mode()
@@ -167,6 +191,7 @@ class NinjaBuild(build_ext):
             self.discard_extensions()
         else:
             self.cuda = usable_cuda(mode)
+            self.openmp = usable_openmp()
         super().run()
 
     def discard_extensions(self):
@@ -187,11 +212,13 @@ class NinjaBuild(build_ext):
         text = ninja_text(
             csrc=ROOT / "csrc",
             cxx=compiler(),
-            machine=self.plat_name.rpartition("-")[2],
+            machine=machine_of(self.plat_name),
             python_includes=[pybind11.get_include(), sysconfig.get_path("include")],
             output=library.name,
             werror=os.environ.get("CTLD_WERROR") == "1",
             cuda=self.cuda,
+            openmp=self.openmp,
+            system=sys.platform,
         )
         (build_dir / "build.ninja").write_text(text)
         if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir]).returncode != 0:

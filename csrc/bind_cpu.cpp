@@ -122,6 +122,11 @@ void bind_cpu(py::module_& module) {
       .def("finetune", &BoundCpuPlan::finetune)
       .def("reduce_prior_energy", &BoundCpuPlan::reduce_prior_energy);
   module.def("normal", &normal);
+#ifdef _OPENMP
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
   module.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const auto* kernels : supported_kernels()) names.emplace_back(kernels->name);

@@ -1,7 +1,5 @@
 #include "cpu.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cfenv>
 #if defined(__x86_64__)

@@ -7,7 +7,9 @@
 #if defined(__x86_64__)
 // GCC's own "undefined" start values look uninitialised to it
 #pragma GCC diagnostic push
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop

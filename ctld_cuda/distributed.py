@@ -12,17 +12,20 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
 from .layout import Slot
 from .state import RANKS_DISAGREE, State
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 Tensor = torch.Tensor
 
 
-def is_dtensor(x: Any) -> bool:
+def is_dtensor(x: Any) -> TypeGuard[DTensor]:
     """Whether x is a DTensor; without importing what makes them."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
@@ -39,7 +42,7 @@ def check_parameter(p: Tensor, chains: int | None) -> None:
         raise ValueError("chains cannot be combined with DTensor parameters: run whole chains on every rank")
     # exact types: the elements of a _StridedShard, a subclass in some releases, are not contiguous rows
     if any(type(placement).__name__ not in ("Shard", "Replicate") for placement in p.placements) or any(
-        placement.is_shard() and placement.dim != 0 for placement in p.placements
+        placement.is_shard() and not placement.is_shard(0) for placement in p.placements
     ):
         raise ValueError(
             f"CTLD steps DTensors that are replicated or sharded on dimension 0, got placements "
@@ -49,7 +52,7 @@ def check_parameter(p: Tensor, chains: int | None) -> None:
         raise ValueError("a parameter without dimensions cannot be sharded")
 
 
-def rows_of(p: Tensor) -> tuple[int, int]:
+def rows_of(p: DTensor) -> tuple[int, int]:
     """The rows [begin, end) of DTensor ``p``, along dimension 0, that this rank has.
 
     Every mesh dimension that shards cuts what the ones before have left into pieces of equal size, rounded
@@ -75,7 +78,7 @@ def local_of(x: Tensor) -> Tensor:
 class ShardedSlot(Slot):
     """A DTensor parameter: this rank's rows of it, and whether its energies are counted here."""
 
-    def __init__(self, parameter: Tensor, momentum: Tensor | None, *args: Any) -> None:
+    def __init__(self, parameter: DTensor, momentum: Tensor | None, *args: Any) -> None:
         self.mesh, self.placements = parameter.device_mesh, tuple(parameter.placements)
         self._rows = rows_of(parameter)
         begin, end = self._rows
@@ -126,13 +129,19 @@ class ShardedSlot(Slot):
         """The momentum as a DTensor that is sharded like the parameter, as checkpoints need it."""
         from torch.distributed.tensor import DTensor
 
-        size = dict(shape=self.source.shape, stride=self.source.stride())
-        return DTensor.from_local(self.momentum, self.mesh, self.placements, run_check=False, **size)
+        return DTensor.from_local(
+            self.momentum,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=self.source.shape,
+            stride=self.source.stride(),
+        )
 
 
 def slot_of(parameter: Tensor, *args: Any) -> Slot:
     """The slot of a parameter; arguments as of :class:`ctld_cuda.layout.Slot`."""
-    return (ShardedSlot if is_dtensor(parameter) else Slot)(parameter, *args)
+    return ShardedSlot(parameter, *args) if is_dtensor(parameter) else Slot(parameter, *args)
 
 
 # ----------------------------------------------------------------------------------------------- ranks

@@ -27,7 +27,7 @@ class FlatTensor(NamedTuple):
     theta: Tensor
     momentum: Tensor
     gradient: Tensor | None
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method, not needed here
     group: int
     first: int = 0
     counted: bool = True
@@ -49,7 +49,7 @@ def in_memory_order(tensor: Tensor, chains: int) -> bool:
     if tensor.numel() == 0:
         return True
     dims = [d for d in range(tensor.dim()) if tensor.shape[d] != 1]
-    dims.sort(key=lambda d: -tensor.stride(d))
+    dims.sort(key=lambda d: -tensor.stride(d))  # type: ignore[operator]
     expected = 1
     for d in reversed(dims):
         if tensor.stride(d) != expected:
@@ -170,7 +170,7 @@ class Slot:
 
     def commit(self) -> None:
         """Writes a staged parameter back; nothing to do for a view."""
-        if not self.direct:
+        if self._staged_parameter is not None:
             self.parameter.detach().copy_(self._staged_parameter)
 
     def gradient(self) -> Tensor | None:
@@ -251,6 +251,12 @@ _stride, _is_contiguous = Tensor.stride, Tensor.is_contiguous
 _AT_ONCE = 128
 
 
+def _spread(values: list[Any], absent: Any, among: Sequence[bool]) -> list[Any]:
+    """Values of the active parameters among all of them."""
+    each = iter(values)
+    return [next(each) if active else absent for active in among]
+
+
 class Inspector:
     """Looks at all parameters before a step.
 
@@ -276,14 +282,13 @@ class Inspector:
         Raises:
             RuntimeError, TypeError: for unsuitable gradients, or a parameter moved or converted.
         """
-        found = self._look_quickly() if self._usual else None
+        found = self._look_quickly(self._last) if self._last and self._usual else None
         if found is None:
             found = self._look_closely()
         self._last = found
         return found
 
-    def _look_quickly(self) -> Found | None:
-        last = self._last
+    def _look_quickly(self, last: Found) -> Found | None:
         if any(map(_requires_grad, self._frozen)):
             return None
         gradients: list[Tensor | None] = []
@@ -295,13 +300,9 @@ class Inspector:
             gradients += some[0]
             addresses += some[1]
         if len(gradients) < len(self._slots):
-            gradients, addresses = self._spread(gradients, None), self._spread(addresses, 0)
+            gradients = _spread(gradients, None, last.active)
+            addresses = _spread(addresses, 0, last.active)
         return last._replace(gradients=gradients, gradient_addresses=addresses)
-
-    def _spread(self, values: list, absent: object) -> list:
-        """Values of the active parameters among all of them."""
-        each = iter(values)
-        return [next(each) if active else absent for active in self._last.active]
 
     def _look_closely(self) -> Found:
         self._usual = []
@@ -310,7 +311,7 @@ class Inspector:
             self._check(slot.source, slot.index)
             slot.inspect()
             gradients.append(slot.gradient() if slot.active else None)
-        addresses = [slot.address if slot.active else 0 for slot in self._slots]
+        addresses = [slot.address or 0 if slot.active else 0 for slot in self._slots]
         active = tuple(slot.active for slot in self._slots)
         last = self._last
         moving = [slot for slot in self._slots if slot.active]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -134,7 +134,7 @@ class CTLD(Optimizer):
             validation.integer("history", history, 1)
         validation.rounding(stochastic_rounding, momentum_dtype)
         validation.settings(num_data, temperature, integrator, tempering, explore_steps, chains, seed)
-        self.num_data = float(num_data)
+        self.num_data = float(num_data)  # type: ignore[arg-type]  # settings() has refused None
         self.temperature = float(temperature)
         self.integrator = integrator
         self.tempering = tempering
@@ -147,9 +147,9 @@ class CTLD(Optimizer):
         self.process_group = process_group
         self._history_steps = history or 0
         self.phase = EXPLORE if temperature > 0 else FINETUNE
-        self._backend_name = backend
+        self._backend_name: str = backend  # type: ignore[assignment]  # chosen below
         self._explored = 0
-        self._sampler: State | None = None
+        self._sampler: State = None  # type: ignore[assignment]  # until there are parameters
         self._forget_derived()
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         validation.hyper_parameters(defaults)
@@ -217,14 +217,14 @@ class CTLD(Optimizer):
 
     def _forget_derived(self) -> None:
         """Drops what can be rebuilt: slots, backend and the knowledge whose prior energy is stored."""
-        self._slots: list[Slot] | None = None
-        self._inspector: Inspector | None = None
+        self._slots: list[Slot] = []
+        self._inspector = Inspector([], validation.gradient)
         self._backend: Any = None
         self._ranks: distributed.Ranks | None = None
         # what they were worked out of, and the coefficients of all groups
-        self._coefficients_of: tuple | None = None
+        self._coefficients_of: tuple[Any, ...] | None = None
         self._coefficients_found: list[Coefficients] = []
-        self._prior_of: tuple | None = None
+        self._prior_of: tuple[Any, ...] | None = None
         self._reported_flags = 0
 
     def _prepare(self) -> None:
@@ -297,7 +297,7 @@ class CTLD(Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         )
 
     def _step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
@@ -399,12 +399,12 @@ class CTLD(Optimizer):
     def _explore(self, inputs: StepInputs) -> None:
         if self._prior_of != self._prior_key(inputs):
             self._backend.reduce_prior_energy(inputs)
-        sharded = self._ranks is not None and self._ranks.sharded
+        sharded = self._ranks if self._ranks is not None and self._ranks.sharded else None
         if sharded and any(group.prior for group in inputs.groups):
-            self._ranks.sum_(self._sampler.prior)
+            sharded.sum_(self._sampler.prior)
         self._backend.explore(inputs)
         if sharded:
-            self._ranks.add_up(self._sampler)
+            sharded.add_up(self._sampler)
             if self.thermostat:
                 adapt_friction(inputs.groups, self._sampler, self._constants, self._settings)
             if self._history_steps:
@@ -443,7 +443,7 @@ class CTLD(Optimizer):
         live = isinstance(lr, Tensor)
         coefficients = explore_coefficients(
             self.integrator,
-            lr=1.0 if live else lr,
+            lr=1.0 if isinstance(lr, Tensor) else lr,
             momentum=momentum,
             weight_decay=weight_decay,
             num_data=self.num_data,
@@ -456,7 +456,7 @@ class CTLD(Optimizer):
         lr, momentum, weight_decay = hyper
         live = isinstance(lr, Tensor)
         coefficients = finetune_coefficients(
-            lr=0.0 if live else lr,
+            lr=0.0 if isinstance(lr, Tensor) else lr,
             momentum=momentum,
             weight_decay=weight_decay,
             unit=1.0 if live else float(group["momentum_unit"]),
@@ -473,7 +473,7 @@ class CTLD(Optimizer):
                 group[name] = torch.full((), value, dtype=torch.float64, device=self._device)
         return LiveRate(lr, group["last_lr"], group["momentum_unit"])
 
-    def _prior_key(self, inputs: StepInputs) -> tuple | None:
+    def _prior_key(self, inputs: StepInputs) -> tuple[Any, ...]:
         """Identifies the parameter values and curvatures that a prior energy belongs to."""
         scales = tuple(group.prior for group in inputs.groups)
         if not any(scales):
@@ -505,7 +505,7 @@ class CTLD(Optimizer):
             raise ValueError("without tempering there is no alpha for the energy's noise to heat")
         self.tempering = dataclasses.replace(self.tempering, energy_noise=noise)
         self._constants = dataclasses.replace(self._constants, energy_noise=float(noise))
-        self._slots = self._backend = None
+        self._slots, self._backend = [], None
 
     # ---------------------------------------------------------------------------------- reporting
 
@@ -597,16 +597,16 @@ class CTLD(Optimizer):
         for sentence in diagnostics.flag_report(flags & ~self._reported_flags):
             warnings.warn(f"CTLD: {sentence}", RuntimeWarning, stacklevel=3)
         self._reported_flags |= flags
-        sentence = diagnostics.alpha_kinetic_report(self._sampler, self._constants)
-        if sentence:
-            warnings.warn(f"CTLD: {sentence}", RuntimeWarning, stacklevel=3)
+        report = diagnostics.alpha_kinetic_report(self._sampler, self._constants)
+        if report:
+            warnings.warn(f"CTLD: {report}", RuntimeWarning, stacklevel=3)
 
     # ----------------------------------------------------------------------------------- persistence
 
     def _configuration(self) -> dict[str, Any]:
         """What must agree between the optimizer that saved a state and the one that loads it."""
         tempering = self.tempering and dataclasses.asdict(self.tempering)
-        if tempering:
+        if tempering and self.tempering:
             del tempering["energy_noise"]  # a measured number, saved with the constants
             tempering["bias_type"] = type(self.tempering.bias).__name__
         return {
@@ -676,7 +676,7 @@ class CTLD(Optimizer):
             self._load_sampler(sampler)
 
     @contextlib.contextmanager
-    def _hooks_run_here(self, state_dict: dict[str, Any]):
+    def _hooks_run_here(self, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Runs the user's load hooks around the whole of our loading instead of the base class's."""
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = dict(state_dict)
@@ -689,8 +689,8 @@ class CTLD(Optimizer):
         finally:
             self._optimizer_load_state_dict_pre_hooks = before
             self._optimizer_load_state_dict_post_hooks = after
-        for hook in after.values():
-            hook(self)
+        for after_hook in after.values():
+            after_hook(self)
 
     def _check_fits(self, state_dict: dict[str, Any]) -> list[Tensor | None]:
         """The saved momenta in the order of our parameters, if everything fits."""

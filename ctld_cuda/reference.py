@@ -31,6 +31,7 @@ from .state import (
 from .tempering import FULL, STANDARDIZED, TemperingConstants
 
 Tensor = torch.Tensor
+Device = torch.device | str | None
 
 STREAM_PARAMETERS, STREAM_ROUNDING, STREAM_ALPHA = 0, 1, 2
 
@@ -60,7 +61,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def random_words(
-    seed: int, step: int | Tensor, stream: int, index: int, numel: int, device=None, first: int = 0
+    seed: int, step: int | Tensor, stream: int, index: int, numel: int, device: Device = None, first: int = 0
 ) -> Tensor:
     """The four random words of each noise group that has some of the elements, int64 (groups, 4).
 
@@ -142,7 +143,7 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
 
 
 def normal(
-    seed: int, step: int | Tensor, stream: int, index: int, numel: int, device=None, first: int = 0
+    seed: int, step: int | Tensor, stream: int, index: int, numel: int, device: Device = None, first: int = 0
 ) -> Tensor:
     """The noise of parameter ``index`` at ``step``: standard normals, float32 (numel,).
 
@@ -152,6 +153,7 @@ def normal(
         stream: 0 parameter noise, 1 stochastic rounding, 2 alpha noise (index 0, element = chain).
         index: position of the parameter over all groups at construction.
         numel: number of elements; element e is the (e mod 4)th normal of noise group e // 4.
+        device: where to make them; None: the default device.
         first: index of the first element, which is not 0 for a rank's shard.
     """
     words = random_words(seed, step, stream, index, numel, device, first)
@@ -467,7 +469,9 @@ def balanced_kinetic(momentum: float, damped: Tensor, integrator: str) -> Tensor
     return injected + (1.0 - injected) * (share * share)
 
 
-def adapt_friction(groups: Sequence[Coefficients], state: State, c: TemperingConstants, settings: Settings):
+def adapt_friction(
+    groups: Sequence[Coefficients], state: State, c: TemperingConstants, settings: Settings
+) -> None:
     """Nose-Hoover thermostats (SGNHT; Ding et al. 2014), one per parameter group and chain.
 
     w <- w + omega^2 (T0/T) (mean of p^2/T - :func:`balanced_kinetic`), with the momenta of this step and
@@ -597,7 +601,18 @@ def whole_kick(momentum: Tensor, rescale: Tensor, integrator: str) -> Tensor:
     return 0.5 * (rescale + 1.0)
 
 
-def baoab(theta, p, gradient, xi, *, retain, k, mu, s, drift):
+def baoab(
+    theta: Tensor,
+    p: Tensor,
+    gradient: Tensor,
+    xi: Tensor,
+    *,
+    retain: Tensor,
+    k: Tensor,
+    mu: Tensor,
+    s: Tensor,
+    drift: Tensor,
+) -> tuple[Tensor, Tensor]:
     """p <- a p - k g;  theta <- theta + b p;  p <- mu p + s xi;  theta <- theta + b p."""
     p = retain * p - k * gradient
     theta = theta + drift * p
@@ -605,13 +620,25 @@ def baoab(theta, p, gradient, xi, *, retain, k, mu, s, drift):
     return theta + drift * p, p
 
 
-def euler(theta, p, gradient, xi, *, retain, k, s, drift):
+def euler(
+    theta: Tensor,
+    p: Tensor,
+    gradient: Tensor,
+    xi: Tensor,
+    *,
+    retain: Tensor,
+    k: Tensor,
+    s: Tensor,
+    drift: Tensor,
+) -> tuple[Tensor, Tensor]:
     """p <- a p - k g + s xi;  theta <- theta + b p."""
     p = (retain * p - k * gradient) + s * xi
     return theta + drift * p, p
 
 
-def momentum_sgd(theta, p, gradient, *, mu, k, drift):
+def momentum_sgd(
+    theta: Tensor, p: Tensor, gradient: Tensor, *, mu: Tensor, k: Tensor, drift: Tensor
+) -> tuple[Tensor, Tensor]:
     """p <- mu p - k g;  theta <- theta + b p."""
     p = mu * p - k * gradient
     return theta + drift * p, p
@@ -666,7 +693,16 @@ def store(flat: FlatTensor, theta: Tensor, p: Tensor, state: State, settings: Se
     flat.momentum.copy_(p)
 
 
-def explore_tensor(flat, coefficients, scale, rescale, state, c, settings, unscale) -> None:
+def explore_tensor(
+    flat: FlatTensor,
+    coefficients: Coefficients,
+    scale: Tensor,
+    rescale: Tensor,
+    state: State,
+    c: TemperingConstants,
+    settings: Settings,
+    unscale: Tensor | None,
+) -> None:
     """One Langevin step of one tensor at temperatures T0 scale^2, and its energies."""
     chains = scale.numel()
     theta = flat.theta.to(compute_dtype(flat.theta)).view(chains, -1)
@@ -779,7 +815,7 @@ def explore(
     """
     energy = None if loss is None else potential_energy(loss, state, c)
     if c.bins:
-        scale, rescale = temper(loss, state, c, settings.seed)
+        scale, rescale = temper(loss, state, c, settings.seed)  # type: ignore[arg-type]  # bins: a loss
     else:
         scale = rescale = torch.ones_like(state.alpha)
     state.kinetic.zero_()

@@ -38,7 +38,7 @@ class ParameterGroup(NamedTuple):
     ``balance`` is the value of ``kinetic`` at which the parameters are at T: 1 without a thermostat.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method, not needed here
     dimension: float
     momentum: float
     kinetic: Ratio
@@ -180,7 +180,7 @@ def build(optimizer: CTLD, closure: Callable[[], Any] | None = None) -> Report:
         chains=state.alpha.numel(),
         dimension=optimizer._dimension,
         integrator=optimizer.integrator,
-        coupling=optimizer.tempering.coupling if c.bins else None,
+        coupling=optimizer.tempering.coupling if optimizer.tempering else None,
         thermostat=optimizer.thermostat,
         base_temperature=c.base_temperature,
         flags=diagnostics.flag_report(int(state.flags)),
@@ -358,7 +358,8 @@ def _energies(optimizer: CTLD, state: State, c: TemperingConstants) -> dict[str,
 
     thermal_variance, variance = optimizer._dimension / 2.0, mean(spread) ** 2
     noise = math.sqrt(variance - thermal_variance) if variance > 2.0 * thermal_variance else math.nan
-    judged = not math.isnan(noise) and optimizer.tempering.coupling == "exact"
+    exact = optimizer.tempering is not None and optimizer.tempering.coupling == "exact"
+    judged = exact and not math.isnan(noise)
     return dict(
         energy_noise=noise,
         energy_verdict=judge(optimizer, noise) if judged else None,

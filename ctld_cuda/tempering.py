@@ -178,6 +178,7 @@ class TemperingConstants:
     energy_exponent: int
 
     def bin_centers(self) -> np.ndarray:
+        """Centres of the bins of |alpha|, float64 (bins,)."""
         return (np.arange(self.bins) + 0.5) / self.inverse_bin_width
 
 
@@ -202,6 +203,7 @@ def steepest_slope(tempering: Tempering) -> float:
 
 
 def default_step_size(tempering: Tempering, dimension: float) -> float:
+    """Step of alpha for ``dimension`` parameters per chain; see ``step_size`` of :class:`Tempering`."""
     if tempering.coupling == "standardized":
         return 0.005
     thermal_spread = math.sqrt(max(dimension, 1.0) / 2.0)
@@ -231,7 +233,7 @@ def resolve(
     gradients are large) and for parameters of magnitude 64.
     """
     moving = tempering is not None
-    t = tempering if moving else Tempering()
+    t = Tempering() if tempering is None else tempering
     hottest = temperature * (t.max_temperature if moving else 1.0)
     prior_curvature = num_data * weight_decay / temperature if temperature > 0 else 0.0
     standardized = t.coupling == "standardized"

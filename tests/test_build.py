@@ -56,6 +56,11 @@ def check_tools():
 
 
 @pytest.fixture
+def check_package():
+    return load(ROOT / "tools" / "check_package.py")
+
+
+@pytest.fixture
 def cuda_toolkit():
     return importlib.import_module("cuda_toolkit")
 
@@ -80,7 +85,7 @@ def run_setup(directory, *arguments, **environment):
     )
 
 
-def ninja_text(setup_py, machine="x86_64", werror=False, cuda=None, cxx=("g++",)):
+def ninja_text(setup_py, machine="x86_64", werror=False, cuda=None, cxx=("g++",), **options):
     return setup_py.ninja_text(
         csrc=Path("/with space/csrc"),
         cxx=list(cxx),
@@ -89,12 +94,18 @@ def ninja_text(setup_py, machine="x86_64", werror=False, cuda=None, cxx=("g++",)
         output="_C.so",
         werror=werror,
         cuda=cuda,
+        **options,
     )
 
 
 @pytest.mark.parametrize(
     ("machine", "instruction_sets"),
-    [("x86_64", ["v1", "v3", "v4"]), ("aarch64", ["neon"]), ("riscv64", ["generic"])],
+    [
+        ("x86_64", ["v1", "v3", "v4"]),
+        ("aarch64", ["neon"]),
+        ("arm64", ["neon"]),
+        ("riscv64", ["generic"]),
+    ],
 )
 def test_one_tile_object_per_instruction_set(setup_py, machine, instruction_sets):
     text = ninja_text(setup_py, machine)
@@ -112,6 +123,36 @@ def test_flags_keep_the_arithmetic_exact_and_the_binary_portable(setup_py):
     assert {"-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"} <= set(text.split())
     for forbidden in ("-ffast-math", "-Ofast", "-march=native", "-mtune=native", "-funsafe-math"):
         assert forbidden not in text
+
+
+def test_without_openmp_one_thread_and_no_warnings(setup_py):
+    assert "-fopenmp" in ninja_text(setup_py)
+    text = ninja_text(setup_py, openmp=False)
+    assert "-fopenmp" not in text
+    assert "-Wno-unknown-pragmas" in text
+
+
+def test_macos_looks_symbols_up_when_loading(setup_py):
+    assert "link_flags = -bundle -undefined dynamic_lookup\n" in ninja_text(
+        setup_py, "arm64", openmp=False, system="darwin"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plat_name", "expected"),
+    [("linux-x86_64", "x86_64"), ("macosx-11.0-arm64", "arm64"), ("macosx-10.13-universal2", "native")],
+)
+def test_the_processor_to_compile_for(setup_py, monkeypatch, plat_name, expected):
+    monkeypatch.setattr(setup_py.platform, "machine", lambda: "native")
+    assert setup_py.machine_of(plat_name) == expected
+
+
+def test_a_compiler_without_openmp_is_used_loudly(setup_py, monkeypatch, capsys):
+    monkeypatch.setattr(setup_py, "openmp_problem", lambda: "clang++ has no OpenMP")
+    assert not setup_py.usable_openmp()
+    message = capsys.readouterr().err
+    assert "WITHOUT several threads on the CPU" in message
+    assert "clang++ has no OpenMP" in message
 
 
 def test_warnings_are_errors_only_on_request(setup_py):
@@ -141,7 +182,7 @@ def test_without_a_toolkit_nothing_is_of_cuda(setup_py):
 def test_with_a_toolkit_the_cuda_part_is_compiled_and_linked(setup_py, cuda_toolkit):
     lines = ninja_text(setup_py, cuda=toolkit(cuda_toolkit)).splitlines()
     assert "nvcc = '/with space/nvcc'" in lines
-    assert "link_flags = '-L/with space/lib' -lcudart_static" in lines
+    assert "link_flags = -shared -s -fopenmp '-L/with space/lib' -lcudart_static" in lines
     assert "build cuda.o: compile_cuda /with$ space/csrc/cuda.cu" in lines
     assert {"bind_cuda.o", "cuda_plan.o", "cuda.o"} <= set(lines[-1].split())
     bindings_flags = lines[lines.index("build module.o: compile /with$ space/csrc/module.cpp") + 1]
@@ -373,6 +414,30 @@ def test_source_distribution_is_complete(source_copy):
     assert sorted(set(needed) - packed) == []
 
 
+def test_the_check_of_the_package_finds_faults(check_package):
+    needs, forbids = [r"a\.py", r"_C\.[^/]*\.so"], [r".*\.o", r"tests/.*"]
+    assert check_package.complaints(["a.py", "_C.x.so"], needs, forbids) == []
+    assert check_package.complaints(["a.pyc", "b/c.o", "tests/a.py"], needs, forbids) == [
+        *(r"a\.py is missing", r"_C\.[^/]*\.so is missing"),
+        *("b/c.o does not belong there", "tests/a.py does not belong there"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "instruction_sets", "right"),
+    [
+        ("x86_64", ["v4", "v3", "v1"], True),
+        ("x86_64", ["v4"], False),
+        ("arm64", ["neon"], True),
+        ("riscv64", ["generic"], True),
+        ("x86_64", [], False),
+    ],
+)
+def test_an_extension_must_serve_every_processor(check_package, machine, instruction_sets, right):
+    found = check_package.check_extension({"instruction_sets": instruction_sets}, machine)
+    assert (found == []) == right
+
+
 def test_version_is_the_same_everywhere():
     assert ctld_cuda.__version__ == importlib.metadata.version("ctld_cuda")
 
@@ -388,7 +453,13 @@ def test_missing_tools_are_named(check_tools, monkeypatch):
 
 @pytest.mark.parametrize(("mode", "code", "word"), [("0", 0, ""), ("1", 0, "note"), ("require", 1, "error")])
 def test_only_who_requires_cuda_is_stopped(check_tools, monkeypatch, capsys, mode, code, word):
-    for problem in ("python_problem", "venv_problem", "compiler_problem", "headers_problem"):
+    for problem in (
+        "python_problem",
+        "venv_problem",
+        "compiler_problem",
+        "headers_problem",
+        "openmp_problem",
+    ):
         monkeypatch.setattr(check_tools, problem, lambda: None)
     monkeypatch.setenv("CTLD_CUDA", mode)
     monkeypatch.setenv("NVCC", "no-such-nvcc")
@@ -400,7 +471,8 @@ def test_only_who_requires_cuda_is_stopped(check_tools, monkeypatch, capsys, mod
 
 def test_a_compiler_that_cannot_compile_is_reported(check_tools, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert check_tools.compiler_problem() == "false does not compile C++17 with OpenMP: apt-get install g++"
+    assert check_tools.compiler_problem() == "false does not compile C++17: apt-get install g++"
+    assert check_tools.openmp_problem() == "false does not compile C++17 with OpenMP: apt-get install g++"
 
 
 def choose(install_torch, installed=None, has_gpu=False, platform="linux", listings=("", "")):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cuda_toolkit import ToolkitError, cuda_mode, working_toolkit
 
+PROGRAM = "#include <cstdio>\nint main() { return 0; }\n"
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
@@ -49,17 +50,30 @@ def compiler_problem():
     command = compiler()
     if shutil.which(command[0]) is None:
         return f"the C++ compiler {command[0]} is missing: apt-get install g++"
+    if not compiles(PROGRAM):
+        return f"{shlex.join(command)} does not compile C++17: apt-get install g++"
+    return None
+
+
+def openmp_problem():
+    """What keeps the CPU backend from using several threads."""
+    if compiles(OPENMP_PROGRAM, "-fopenmp"):
+        return None
+    advice = "CXX=g++-14 of Homebrew's gcc has it" if sys.platform == "darwin" else "apt-get install g++"
+    return f"{shlex.join(compiler())} does not compile C++17 with OpenMP: {advice}"
+
+
+def compiles(program, *flags):
+    """Whether the C++ compiler makes an executable of a program."""
     with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory, "openmp.cpp")
-        source.write_text(OPENMP_PROGRAM)
+        source = Path(directory, "program.cpp")
+        source.write_text(program)
         attempt = subprocess.run(
-            [*command, "-std=c++17", "-fopenmp", str(source), "-o", str(source.with_suffix(""))],
+            [*compiler(), "-std=c++17", *flags, str(source), "-o", str(source.with_suffix(""))],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-    if attempt.returncode != 0:
-        return f"{shlex.join(command)} does not compile C++17 with OpenMP: apt-get install g++"
-    return None
+    return attempt.returncode == 0
 
 
 def found(*problems):
@@ -83,11 +97,15 @@ def cuda_problem():
 def main():
     mode = cuda_mode()
     problems = found(python_problem(), venv_problem(), *build_problems())
-    notes = []
+    notes = [] if problems else [f"the CPU backend will use one thread: {p}" for p in found(openmp_problem())]
     if not problems and mode != "0":
-        (problems if mode == "require" else notes).extend(found(cuda_problem()))
+        missing = found(cuda_problem())
+        if mode == "require":
+            problems += missing
+        else:
+            notes += [f"the CUDA backend will be left out: {problem}" for problem in missing]
     for note in notes:
-        print(f"note: the CUDA backend will be left out: {note}", file=sys.stderr)
+        print(f"note: {note}", file=sys.stderr)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import cpu, cuda, reference
+from .interface import Backend
 
-_BACKENDS = {"cuda": cuda.CudaBackend, "cpu": cpu.CpuBackend, "reference": reference.ReferenceBackend}
+_BACKENDS: dict[str, type[Backend]] = {
+    "cuda": cuda.CudaBackend,
+    "cpu": cpu.CpuBackend,
+    "reference": reference.ReferenceBackend,
+}
 
 
 def backend_info() -> dict[str, dict[str, object]]:
@@ -14,8 +21,8 @@ def backend_info() -> dict[str, dict[str, object]]:
 
     Returns:
         For each backend name a dict with ``usable`` (bool), ``reason`` (str, why not; "" if usable) and,
-        for "cpu", ``instruction_sets`` (those compiled in and supported, fastest first), for "cuda",
-        ``architectures`` (those compiled in).
+        for "cpu", ``instruction_sets`` (those compiled in and supported, fastest first) and ``openmp``
+        (bool: whether it uses several threads).
     """
     return {name: backend.info() for name, backend in _BACKENDS.items()}
 
@@ -46,6 +53,6 @@ def on_device(name: str | None) -> bool:
     return name is not None and _BACKENDS[name].on_device
 
 
-def create(name: str, *args, **kwargs):
+def create(name: str, *args: Any) -> Backend:
     """A backend object; see :class:`ctld_cuda.backends.reference.ReferenceBackend` for the arguments."""
-    return _BACKENDS[name](*args, **kwargs)
+    return _BACKENDS[name](*args)

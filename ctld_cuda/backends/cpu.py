@@ -39,8 +39,13 @@ class CpuBackend:
     @staticmethod
     def info() -> dict[str, object]:
         if _C is None:
-            return {"usable": False, "reason": WHY_NOT, "instruction_sets": []}
-        return {"usable": True, "reason": "", "instruction_sets": _C.instruction_sets()}
+            return {"usable": False, "reason": WHY_NOT, "instruction_sets": [], "openmp": False}
+        return {
+            "usable": True,
+            "reason": "",
+            "instruction_sets": _C.instruction_sets(),
+            "openmp": _C.openmp,
+        }
 
     def explore(self, inputs: StepInputs) -> None:
         """One sampling step."""

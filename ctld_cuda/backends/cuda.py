@@ -13,7 +13,8 @@ from ..tempering import TemperingConstants
 from .extension import _C, WHY_NOT, address_of, plan_arguments, with_staged
 from .interface import StepInputs
 
-_HOST_RATE = (0, 0, 0, 0)
+_Rate = tuple[int, int, int, int]
+_HOST_RATE: _Rate = (0, 0, 0, 0)
 _OLDEST_ARCHITECTURE = (7, 5)
 
 
@@ -113,7 +114,7 @@ class CudaBackend:
                 self._slots[i].commit()
 
 
-def _addresses_of(inputs: StepInputs):
+def _addresses_of(inputs: StepInputs) -> tuple[list[_Rate], tuple[int, int, int, int]]:
     """Rates and scalars as the plan takes them."""
     rates = [
         _HOST_RATE if rate is None else (*address_of(rate.lr), rate.last.data_ptr(), rate.unit.data_ptr())

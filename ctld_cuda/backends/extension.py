@@ -13,12 +13,26 @@ from ..state import State
 from ..tempering import ADAPTIVE, FULL, STANDARDIZED, TemperingConstants
 
 try:
-    from .. import _C
+    from .. import _C as _C
 except ImportError as error:
-    _C = None
+    _C = None  # type: ignore[assignment]
     WHY_NOT = f"the C++ extension is not installed or does not load ({error}); it is built by 'pip install .'"
 else:
     WHY_NOT = ""
+
+# tensors, chains, constants, state, seed, stochastic, group_elements, partial_sums: see _C.pyi
+PlanArguments = tuple[
+    list[tuple[int, int, bool, int, int, int]],
+    int,
+    dict[str, float],
+    dict[str, int],
+    int,
+    bool,
+    tuple[float, ...],
+    bool,
+    int,
+    float,
+]
 
 _FORMATS = {
     (torch.float32, torch.float32): 0,
@@ -33,7 +47,7 @@ _COUPLINGS = {FULL: 0, ADAPTIVE: 1, STANDARDIZED: 2}
 
 def plan_arguments(
     slots: Sequence[Slot], state: State, constants: TemperingConstants, settings: Settings
-) -> tuple[object, ...]:
+) -> PlanArguments:
     """What all compiled plans are told first; the state's tensors must outlive the plan."""
     infos = [
         (s.parameter.numel(), s.first, s.counted, s.index, s.group, _FORMATS[s.dtype, s.momentum.dtype])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..layout import Found
-from ..reference import Coefficients
+from ..layout import Found, Slot
+from ..reference import Coefficients, Settings
+from ..state import State
+from ..tempering import TemperingConstants
 
 
 class LiveRate(NamedTuple):
@@ -38,8 +40,33 @@ class StepInputs(NamedTuple):
     """
 
     found: Found
-    groups: Sequence[Coefficients]
+    groups: list[Coefficients]
     rates: Sequence[LiveRate | None]
     loss: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+
+class Backend(Protocol):
+    """What the optimizer needs from a backend; the arguments are explained at ReferenceBackend."""
+
+    # whether learning rates and found_inf are read on the device, without waiting for it
+    on_device: bool
+
+    def __init__(
+        self, slots: Sequence[Slot], state: State, constants: TemperingConstants, settings: Settings
+    ) -> None: ...
+
+    @staticmethod
+    def info() -> dict[str, object]:
+        """The backend's entry in :func:`ctld_cuda.backend_info`."""
+        ...
+
+    def explore(self, inputs: StepInputs) -> None:
+        """One sampling step."""
+
+    def finetune(self, inputs: StepInputs) -> None:
+        """One noise-free step."""
+
+    def reduce_prior_energy(self, inputs: StepInputs) -> None:
+        """Recomputes the prior energy from the parameters as they are."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from .. import reference
-from ..layout import Slot
+from ..layout import FlatTensor, Slot
 from ..reference import Settings
 from ..state import State
 from ..tempering import TemperingConstants
@@ -22,7 +24,6 @@ class ReferenceBackend:
         settings: seed, integrator and rounding.
     """
 
-    # whether learning rates and found_inf are read on the device, without waiting for it
     on_device = False
 
     def __init__(
@@ -58,7 +59,7 @@ class ReferenceBackend:
         """Recomputes the prior energy from the parameters as they are."""
         reference.reduce_prior_energy(self._flats(inputs), inputs.groups, self._state)
 
-    def _flats(self, inputs: StepInputs):
+    def _flats(self, inputs: StepInputs) -> list[FlatTensor]:
         pairs = zip(self._slots, inputs.found.gradients, strict=True)
         return [slot.flat(gradient) for slot, gradient in pairs if slot.active]
 
@@ -68,5 +69,5 @@ class ReferenceBackend:
                 slot.commit()
 
 
-def _unscale(inputs: StepInputs):
+def _unscale(inputs: StepInputs) -> Tensor | None:
     return None if inputs.grad_scale is None else reference.unscale_factor(inputs.grad_scale)

@@ -93,16 +93,17 @@ def _numpy(x: torch.Tensor) -> np.ndarray:
     return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
 
 
+def _as_tensor(function: Callable[[Draw], Any]) -> Callable[[Draw], torch.Tensor]:
+    return lambda draw: torch.as_tensor(function(draw))
+
+
 def _values(
     store: DrawStore, indices: np.ndarray, names: list[str], functions: Mapping[str, Callable[[Draw], Any]]
 ) -> dict[str, np.ndarray]:
     """Parameters and functions of them at the draws, arrays (n, ...)."""
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in [*names, *functions]}
     needed = None if functions else names
-    calls = {
-        name: OverDraws(lambda draw, f=function: torch.as_tensor(f(draw)), None)
-        for name, function in functions.items()
-    }
+    calls = {name: OverDraws(_as_tensor(function), None) for name, function in functions.items()}
     with undisturbed(None, False):
         for chunk in chunks(indices, draws_at_once(store.draw_bytes)):
             draws = store.gather(chunk, needed)

@@ -156,8 +156,8 @@ class Draws:
         for name, value in (("batch_size", batch_size), ("draws_per_chunk", draws_per_chunk)):
             if value is not None:
                 validation.integer(name, value, 1)
-        weights = self._checked_weights(weights)
-        indices = np.flatnonzero(weights)
+        shares = self._checked_weights(weights)
+        indices = np.flatnonzero(shares)
         if calibration is not None and not isinstance(calibration, str):
             vectorize = False
         size = draws_per_chunk or draws_at_once(self._store.draw_bytes)
@@ -168,7 +168,7 @@ class Draws:
             for chunk in chunks(indices, size):
                 draws = {name: value.to(device) for name, value in self._store.gather(chunk).items()}
                 results = run(draws)
-                mean.add(results, torch.from_numpy(weights[chunk]))
+                mean.add(results, torch.from_numpy(shares[chunk]))
                 if return_draws:
                     single.append(results)
         return (mean.result(), torch.cat(single)) if return_draws else mean.result()
@@ -189,7 +189,7 @@ class Draws:
         return model
 
     def _device_of(self, model: Any, inputs: Any) -> torch.device:
-        sources = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+        sources: list[Tensor] = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
         sources += [x for x in (inputs if isinstance(inputs, tuple) else (inputs,)) if isinstance(x, Tensor)]
         return sources[0].device if sources else self._store.device
 

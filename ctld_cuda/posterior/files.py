@@ -32,7 +32,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _write_durably(path: Path, write: Callable[[Path], None]) -> None:
+def _write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """All or nothing, and on the disk when it returns: temporary file, fsync, rename, fsync of the folder."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
@@ -108,7 +108,7 @@ class DrawFiles(DrawStore):
             raise ValueError(f"{self.path} holds draws of something else: {'; '.join(different)}")
         for name in index["shards"]:
             columns = self._read(name, _COLUMN, list(COLUMNS))
-            block = {key: column.numpy().astype(COLUMNS[key]) for key, column in columns.items()}
+            block: Columns = {key: column.numpy().astype(COLUMNS[key]) for key, column in columns.items()}
             self._admit(Block(block, self._priorities(block), None, name))
         self.last_step = self._written_step = index["last_step"]
         self._next = index["next_shard"]
@@ -132,7 +132,7 @@ class DrawFiles(DrawStore):
 
     def _tensors(self, block: Block, names: Sequence[str]) -> dict[str, Tensor]:
         if block.file is None:
-            return block.tensors
+            return block.held
         if self._loaded is None or self._loaded[0] != block.file or not set(names) <= set(self._loaded[1]):
             self._loaded = block.file, self._read(block.file, _PARAMETER, names)
         return self._loaded[1]
@@ -172,7 +172,7 @@ class DrawFiles(DrawStore):
 
     def _write(self, block: Block) -> Block:
         file = f"draws-{self._next:06d}.safetensors"
-        content = {_PARAMETER + name: tensor.cpu().contiguous() for name, tensor in block.tensors.items()}
+        content = {_PARAMETER + name: tensor.cpu().contiguous() for name, tensor in block.held.items()}
         content |= {_COLUMN + name: torch.from_numpy(column) for name, column in block.columns.items()}
         _write_durably(self.path / file, lambda path: _safetensors().torch.save_file(content, path))
         self._next += 1

@@ -34,7 +34,7 @@ def undisturbed(model: Any, training: bool) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     modes = [(module, module.training) for module in modules]
     momenta = [(norm, norm.momentum) for norm in batch_norms(model)]
-    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=gpus), torch.no_grad():
         try:
             if modules:
@@ -72,7 +72,7 @@ class OverDraws:
         return torch.stack([self.function({k: v[i] for k, v in draws.items()}) for i in range(count)])
 
 
-def _split(arguments: tuple, size: int | None) -> list[tuple]:
+def _split(arguments: tuple[Any, ...], size: int | None) -> list[tuple[Any, ...]]:
     """The inputs in batches along dimension 0."""
     if size is None:
         return [arguments]
@@ -92,7 +92,7 @@ def predictor(
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     batches = _split(arguments, batch_size)
 
-    def run(draw: Draw, buffers: Draw, arguments: tuple) -> Any:
+    def run(draw: Draw, buffers: Draw, arguments: tuple[Any, ...]) -> Any:
         if isinstance(model, torch.nn.Module):
             return functional_call(model, draw | buffers, arguments)
         return model(draw, *arguments)
@@ -102,8 +102,8 @@ def predictor(
         if isinstance(model, torch.nn.Module):
             # fresh copies, because a forward in train mode writes to them
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        if calibration is not None and not isinstance(calibration, str):
-            recalibrate(model, draw, buffers, calibration)
+            if calibration is not None and not isinstance(calibration, str):
+                recalibrate(model, draw, buffers, calibration)
         outputs = []
         for batch in batches:
             output = run(draw, buffers, batch)
@@ -192,4 +192,6 @@ class WeightedMean:
 
     def result(self) -> Tensor:
         """float64 for float64 values, float32 for all others."""
+        if self.total is None:
+            raise RuntimeError("the mean of nothing")
         return self.total.to(self.dtype)

@@ -14,7 +14,7 @@ from .. import validation
 from ..optimizer import CTLD, EXPLORE
 from .draws import Draw, Draws
 from .files import DrawFiles
-from .store import COLUMNS, DrawStore, Spec, differences
+from .store import COLUMNS, Columns, DrawStore, Spec, differences
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | Mapping[str, Tensor]
@@ -28,7 +28,7 @@ def trainable(model: Model, optimizer: CTLD) -> dict[str, Tensor]:
         TypeError, ValueError: if model and optimizer do not have the same trainable parameters.
     """
     if isinstance(model, torch.nn.Module):
-        named = dict(model.named_parameters())
+        named: dict[str, Tensor] = dict(model.named_parameters())
     elif isinstance(model, Mapping):
         named = dict(model)
         for name, value in named.items():
@@ -201,7 +201,7 @@ class PosteriorSamples(Draws):
             "energy": energy[chains],
             "at_target": at_target[chains],
         }
-        columns = {name: np.asarray(values[name], dtype) for name, dtype in COLUMNS.items()}
+        columns: Columns = {name: np.asarray(values[name], dtype) for name, dtype in COLUMNS.items()}
         self._store.append(columns, self._copies(chains))
         return len(chains)
 

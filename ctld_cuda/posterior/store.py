@@ -9,7 +9,7 @@ keeps the draws that it would have kept.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,6 +68,13 @@ class Block:
     tensors: dict[str, Tensor] | None
     file: str | None = None
 
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """The parameters, which must be in memory."""
+        if self.tensors is None:
+            raise RuntimeError(f"the parameters of these draws are in {self.file}, not in memory")
+        return self.tensors
+
     def __len__(self) -> int:
         return len(self.priority)
 
@@ -85,7 +92,7 @@ def merge(blocks: Sequence[Block]) -> Block:
     return Block(
         {name: np.concatenate([b.columns[name] for b in blocks]) for name in COLUMNS},
         np.concatenate([b.priority for b in blocks]),
-        {name: torch.cat([b.tensors[name] for b in blocks]) for name in blocks[0].tensors},
+        {name: torch.cat([b.held[name] for b in blocks]) for name in blocks[0].held},
     )
 
 
@@ -161,7 +168,7 @@ class DrawStore:
         live = self._live(block)
         if block.file is not None or len(live) == len(block):
             return [block]
-        return [block.rows(live, block.tensors)] if len(live) else []
+        return [block.rows(live, block.held)] if len(live) else []
 
     # -------------------------------------------------------------------------------------- reading
 
@@ -196,7 +203,7 @@ class DrawStore:
         return self._positions
 
     def _tensors(self, block: Block, names: Sequence[str]) -> dict[str, Tensor]:
-        return block.tensors
+        return block.held
 
     # ---------------------------------------------------------------------------------- persistence
 
@@ -206,7 +213,7 @@ class DrawStore:
         parameters = self.gather(np.arange(len(self))) if len(self) else {}
         return {"last_step": self.last_step, "columns": columns, "parameters": parameters}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Replaces all draws by those of :meth:`state`."""
         self._blocks, self._heap, self._threshold, self._positions = [], [], _ALL, None
         self._count = self._stored = 0
