@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import backends, diagnostics, distributed, validation
-from .backends.interface import LiveRate, StepInputs
+from . import backends, diagnostics, distributed, traced, validation
+from .backends.interface import LiveRate, StepInputs, without_rate
 from .layout import Slot, inspect
 from .reference import (
     Coefficients,
@@ -22,7 +22,7 @@ from .reference import (
     finetune_coefficients,
     momentum_unit,
 )
-from .state import State
+from .state import Progress, State
 from .tempering import Tempering, TemperingConstants, resolve
 
 Tensor = torch.Tensor
@@ -33,11 +33,6 @@ EXPLORE, FINETUNE = "explore", "finetune"
 def _capturing(device: torch.device) -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _without_rate(coefficients: Coefficients, group: dict[str, Any]) -> Coefficients:
-    """Coefficients of a group whose learning rate the device reads: only the sign of the gradient is left."""
-    return coefficients._replace(gradient=-1.0 if group["maximize"] else 1.0, drift=0.0)
 
 
 class CTLD(Optimizer):
@@ -127,9 +122,8 @@ class CTLD(Optimizer):
         self.momentum_dtype = momentum_dtype
         self.thermostat = thermostat
         self.process_group = process_group
-        self.phase = EXPLORE if temperature > 0 else FINETUNE
+        self._progress = Progress(EXPLORE if temperature > 0 else FINETUNE)
         self._backend_name = backend
-        self._explored = 0
         self._sampler: State | None = None
         self._forget_derived()
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
@@ -162,6 +156,7 @@ class CTLD(Optimizer):
             validation.thermostat(self.thermostat, options["momentum"])
             if self.tempering is not None and any(g["maximize"] != options["maximize"] for g in groups):
                 raise ValueError("with tempering all groups must agree on maximize: there is one energy")
+        self._drop_graph()
         super().add_param_group(param_group)
         self._forget_derived()
         if self._sampler is not None:
@@ -176,6 +171,11 @@ class CTLD(Optimizer):
     def _trainable(self, groups: Iterable[dict[str, Any]]) -> float:
         """Trainable elements of one chain."""
         return sum(p.numel() for g in groups for p in g["params"] if p.requires_grad) / (self.chains or 1)
+
+    @property
+    def phase(self) -> str:
+        """ "explore", or "finetune" once the noise is off."""
+        return self._progress.phase
 
     @property
     def _device(self) -> torch.device:
@@ -201,6 +201,12 @@ class CTLD(Optimizer):
         self._ranks: distributed.Ranks | None = None
         self._prior_of: tuple | None = None
         self._reported_flags = 0
+        self._graph: traced.Graph | None = None
+
+    def _drop_graph(self) -> None:
+        """Has the next compiled step traced anew, and keeps what the last one has left."""
+        traced.collect(self)
+        self._graph = None
 
     def _prepare(self) -> None:
         if self._backend is not None:
@@ -232,6 +238,10 @@ class CTLD(Optimizer):
             self._backend_name, self._slots, self._sampler, self._constants, self._settings
         )
 
+    @torch.compiler.assume_constant_result
+    def _prepare_graph(self) -> None:
+        traced.prepare(self)
+
     @property
     def _live_on(self) -> torch.device | None:
         """The device that reads learning rates itself, if the backend can do that."""
@@ -260,11 +270,21 @@ class CTLD(Optimizer):
                 raise ValueError("give step() a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            return traced.step(self, loss)
+        traced.collect(self)
+        loss = self._step(loss)
+        traced.hand_over(self)
+        return loss
+
+    @torch.compiler.disable
+    def _step(self, loss: Any) -> Any:
+        """A step outside of graphs."""
         hypers = [validation.hyper_parameters(group, self._live_on) for group in self.param_groups]
         for _, momentum, _ in hypers:
             validation.thermostat(self.thermostat, momentum)
         self._check_capture()
-        if self.phase == EXPLORE and self._explored == self.explore_steps:
+        if self.phase == EXPLORE and self._progress.explored == self.explore_steps:
             self.finetune()
         exploring = self.phase == EXPLORE
         # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
@@ -281,7 +301,7 @@ class CTLD(Optimizer):
         found_inf, grad_scale = self._scaler_says("found_inf"), self._scaler_says("grad_scale")
         energy, found_inf = self._shared(energy, found_inf, hypers)
         if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
-            self._explored += exploring  # as where only the device knows
+            self._progress.explored += exploring  # as where only the device knows
             return loss
         rates = [
             self._live_rate(group, lr) if isinstance(lr, Tensor) else None
@@ -307,7 +327,7 @@ class CTLD(Optimizer):
         ):
             return energy, found_inf
         rates = [("live" if isinstance(lr, Tensor) else lr, *others) for lr, *others in hypers]
-        settings = {"lr, momentum, weight_decay": rates, "phase": self.phase, "steps": self._explored}
+        settings = {"lr, momentum, weight_decay": rates, "phase": self.phase, "steps": self._progress.total}
         if not ranks.agreed:
             settings |= self._configuration() | {
                 "seed": self.seed,
@@ -349,7 +369,7 @@ class CTLD(Optimizer):
                 c=self._constants,
                 maximize=group["maximize"],
             )
-            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
+            inputs.groups.append(without_rate(coefficients, group["maximize"]) if live else coefficients)
         if self._prior_of != self._prior_key(inputs.groups):
             self._backend.reduce_prior_energy(inputs)
         sharded = self._ranks is not None and self._ranks.sharded
@@ -360,7 +380,7 @@ class CTLD(Optimizer):
             self._ranks.add_up(self._sampler)
             if self.thermostat:
                 adapt_friction(inputs.groups, self._sampler, self._constants, self._settings)
-        self._explored += 1
+        self._progress.explored += 1
         self._mark_written()
         self._prior_of = self._prior_key(inputs.groups)
 
@@ -378,7 +398,7 @@ class CTLD(Optimizer):
                 unit=1.0 if live else float(group["momentum_unit"]),
                 maximize=group["maximize"],
             )
-            inputs.groups.append(_without_rate(coefficients, group) if live else coefficients)
+            inputs.groups.append(without_rate(coefficients, group["maximize"]) if live else coefficients)
         self._backend.finetune(inputs)
         self._mark_written()
 
@@ -405,7 +425,7 @@ class CTLD(Optimizer):
     def finetune(self) -> None:
         """Switches the noise off for good: from the next step on, plain momentum SGD. Keeps momenta."""
         if self.phase == EXPLORE:
-            self.phase = FINETUNE
+            self._progress.phase = FINETUNE
             self._sampler.temperature.zero_()
             if self._ranks is not None:
                 self._ranks.agreed = False  # not if only some ranks do this
@@ -426,6 +446,7 @@ class CTLD(Optimizer):
         self.tempering = dataclasses.replace(self.tempering, energy_noise=noise)
         self._constants = dataclasses.replace(self._constants, energy_noise=float(noise))
         self._slots = self._backend = None
+        self._drop_graph()
 
     # ---------------------------------------------------------------------------------- reporting
 
@@ -512,7 +533,7 @@ class CTLD(Optimizer):
             "tensors": self._sampler.tensors(),
             "dimension": self._dimension,
             "phase": self.phase,
-            "explored": self._explored,
+            "explored": self._progress.total,
             "seed": self.seed,
         }
 
@@ -527,6 +548,7 @@ class CTLD(Optimizer):
         that is not thermal.
         """
         self._warn_about_run()
+        traced.collect(self)
         state_dict = super().state_dict()
         state_dict["param_groups"][0]["sampler"] = self._sampler_dict()
         return state_dict
@@ -542,6 +564,7 @@ class CTLD(Optimizer):
         with self._hooks_run_here(state_dict) as state_dict:
             saved_momenta = self._check_fits(state_dict)
             sampler = state_dict["param_groups"][0]["sampler"]
+            self._drop_graph()
             self._prepare()
             live = [
                 {name: group[name] for name in ("lr", "last_lr", "momentum_unit")}
@@ -628,12 +651,12 @@ class CTLD(Optimizer):
         if self.tempering is not None:
             self.tempering = dataclasses.replace(self.tempering, energy_noise=self._constants.energy_noise)
         self._dimension = sampler["dimension"]
-        self.phase = sampler["phase"]
-        self._explored = sampler["explored"]
+        self._progress = Progress(sampler["phase"], sampler["explored"])
         self.seed = sampler["seed"]
         self._forget_derived()
 
     def __getstate__(self) -> dict[str, Any]:
+        traced.collect(self)
         return super().__getstate__() | {
             "_ctld": {
                 "settings": {
