@@ -210,8 +210,9 @@ def _reference(
         validation.thermostat(optimizer.thermostat, momentum)
     settings = graph.settings._replace(seed=int(graph.seed))
     state, c = optimizer._sampler, optimizer._constants
+    moving = not exploring or any(lr > 0 for lr, _, _ in hypers)
     energy = None
-    if exploring and optimizer.tempering is not None:
+    if exploring and optimizer.tempering is not None and (moving or loss is not None):
         energy = validation.loss(loss, optimizer.chains, state.step.device).double()
     flats = [
         _flat(p, m, g, member)
@@ -234,7 +235,7 @@ def _reference(
                 )
             )
         reference.finetune(flats, coefficients, state, settings)
-    elif any(lr > 0 for lr, _, _ in hypers):
+    elif moving:
         coefficients = []
         for group, (lr, momentum, weight_decay) in zip(graph.groups, hypers, strict=True):
             if lr > 0:

@@ -508,6 +508,16 @@ def test_bad_input_is_refused_as_in_eager_steps(wrong):
     assert differing(before, snapshot(optimizer)) == [] and optimizer._progress.total == 1
 
 
+def test_several_ranks_are_refused(monkeypatch):
+    require("cpu")
+    optimizer = run(two_groups(SHAPES, backend="cpu"), 1)
+    before = snapshot(optimizer)
+    monkeypatch.setattr(optimizer, "_ranks", object())
+    with pytest.raises(RuntimeError, match=r"leave it out of torch\.compile"):
+        torch.compile(step, backend="eager")(optimizer, torch.ones(()))
+    assert differing(before, snapshot(optimizer)) == []
+
+
 def test_what_the_reference_cannot_do_in_a_graph():
     expected, actual = (run(two_groups(SHAPES, backend="reference"), 1) for _ in range(2))
     before = snapshot(actual)
