@@ -176,8 +176,10 @@ class Slot:
     def gradient(self) -> Tensor | None:
         """The gradient in the order of :meth:`theta`: the tensor itself, or a copy if its strides differ."""
         g = self.local_gradient()
-        if g is None:
-            return None
+        return None if g is None else self.arranged(g)
+
+    def arranged(self, g: Tensor) -> Tensor:
+        """A gradient in the order of :meth:`theta`; see :meth:`gradient`."""
         if (g.stride() == self.strides) if self.direct else g.is_contiguous():
             return g
         if self._staged_gradient is None:

@@ -13,8 +13,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import backends, diagnostics, distributed, validation
-from .backends.interface import LiveRate, StepInputs
+from . import backends, diagnostics, distributed, traced, validation
+from .backends.interface import LiveRate, StepInputs, without_rate
 from .layout import Inspector, Slot
 from .reference import (
     Coefficients,
@@ -27,7 +27,7 @@ from .reference import (
     momentum_unit,
     record_kinetic,
 )
-from .state import State
+from .state import Progress, State
 from .tempering import Tempering, TemperingConstants, resolve
 
 Tensor = torch.Tensor
@@ -46,11 +46,6 @@ EXPLORE, FINETUNE = "explore", "finetune"
 def _capturing(device: torch.device) -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _without_rate(coefficients: Coefficients, group: dict[str, Any]) -> Coefficients:
-    """Coefficients of a group whose learning rate the device reads: only the sign of the gradient is left."""
-    return coefficients._replace(gradient=-1.0 if group["maximize"] else 1.0, drift=0.0)
 
 
 class CTLD(Optimizer):
@@ -146,9 +141,8 @@ class CTLD(Optimizer):
         self.thermostat = thermostat
         self.process_group = process_group
         self._history_steps = history or 0
-        self.phase = EXPLORE if temperature > 0 else FINETUNE
+        self._progress = Progress(EXPLORE if temperature > 0 else FINETUNE)
         self._backend_name: str = backend  # type: ignore[assignment]  # chosen below
-        self._explored = 0
         self._sampler: State = None  # type: ignore[assignment]  # until there are parameters
         self._forget_derived()
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
@@ -181,6 +175,7 @@ class CTLD(Optimizer):
             validation.thermostat(self.thermostat, options["momentum"])
             if self.tempering is not None and any(g["maximize"] != options["maximize"] for g in groups):
                 raise ValueError("with tempering all groups must agree on maximize: there is one energy")
+        self._drop_graph()
         super().add_param_group(param_group)
         self._forget_derived()
         if self._sampler is not None:
@@ -197,6 +192,11 @@ class CTLD(Optimizer):
     def _trainable(self, groups: Iterable[dict[str, Any]]) -> float:
         """Trainable elements of one chain."""
         return sum(p.numel() for g in groups for p in g["params"] if p.requires_grad) / (self.chains or 1)
+
+    @property
+    def phase(self) -> str:
+        """ "explore", or "finetune" once the noise is off."""
+        return self._progress.phase
 
     @property
     def _device(self) -> torch.device:
@@ -226,6 +226,12 @@ class CTLD(Optimizer):
         self._coefficients_found: list[Coefficients] = []
         self._prior_of: tuple[Any, ...] | None = None
         self._reported_flags = 0
+        self._graph: traced.Graph | None = None
+
+    def _drop_graph(self) -> None:
+        """Has the next compiled step traced anew, and keeps what the last one has left."""
+        traced.collect(self)
+        self._graph = None
 
     def _prepare(self) -> None:
         if self._backend is not None:
@@ -258,6 +264,10 @@ class CTLD(Optimizer):
         self._backend = backends.create(
             self._backend_name, self._slots, self._sampler, self._constants, self._settings
         )
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _prepare_graph(self) -> None:
+        traced.prepare(self)
 
     @property
     def _live_on(self) -> torch.device | None:
@@ -297,7 +307,7 @@ class CTLD(Optimizer):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
         )
 
     def _step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
@@ -306,19 +316,26 @@ class CTLD(Optimizer):
                 raise ValueError("give step() a closure or a loss, not both")
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._advance(loss)
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return traced.step(self, loss)
+        traced.collect(self)
+        self._advance(loss)
+        traced.hand_over(self)
         return loss
 
     _watched_step = Optimizer.profile_hook_step(_step)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def _advance(self, loss: Any) -> None:
+        """A step outside of graphs."""
         hypers = [validation.hyper_parameters(group, self._live_on) for group in self.param_groups]
         if self.thermostat:
             for _, momentum, _ in hypers:
                 validation.thermostat(self.thermostat, momentum)
         self._check_capture()
-        if self.phase == EXPLORE and self._explored == self.explore_steps:
+        if self.phase == EXPLORE and self._progress.explored == self.explore_steps:
             self.finetune()
         exploring = self.phase == EXPLORE
         # all learning rates 0 is how checkpointing tools initialise an optimizer: no noise, no advance
@@ -331,11 +348,11 @@ class CTLD(Optimizer):
         if not moving:
             return
         if exploring and found.parameters and not any(found.gradient_addresses):
-            warnings.warn(_NO_GRADIENTS, RuntimeWarning, stacklevel=4)
+            warnings.warn(_NO_GRADIENTS, RuntimeWarning, stacklevel=6)
         found_inf, grad_scale = self._scaler_says("found_inf"), self._scaler_says("grad_scale")
         energy, found_inf = self._shared(energy, found_inf, hypers)
         if found_inf is not None and not self._backend.on_device and bool(found_inf != 0):
-            self._explored += exploring  # as where only the device knows
+            self._progress.explored += exploring  # as where only the device knows
             return
         rates = [
             self._live_rate(group, lr) if isinstance(lr, Tensor) else None
@@ -351,7 +368,7 @@ class CTLD(Optimizer):
         # tells autograd that the parameters changed in place
         torch.autograd.graph.increment_version(found.parameters)
         if exploring:
-            self._explored += 1
+            self._progress.explored += 1
             self._prior_of = self._prior_key(inputs)
 
     def _shared(
@@ -367,7 +384,7 @@ class CTLD(Optimizer):
         ):
             return energy, found_inf
         rates = [("live" if isinstance(lr, Tensor) else lr, *others) for lr, *others in hypers]
-        settings = {"lr, momentum, weight_decay": rates, "phase": self.phase, "steps": self._explored}
+        settings = {"lr, momentum, weight_decay": rates, "phase": self.phase, "steps": self._progress.total}
         if not ranks.agreed:
             settings |= self._configuration() | {
                 "seed": self.seed,
@@ -450,7 +467,7 @@ class CTLD(Optimizer):
             c=self._constants,
             maximize=group["maximize"],
         )
-        return _without_rate(coefficients, group) if live else coefficients
+        return without_rate(coefficients, group["maximize"]) if live else coefficients
 
     def _finetune_coefficients(self, group: dict[str, Any], hyper: Hypers) -> Coefficients:
         lr, momentum, weight_decay = hyper
@@ -462,7 +479,7 @@ class CTLD(Optimizer):
             unit=1.0 if live else float(group["momentum_unit"]),
             maximize=group["maximize"],
         )
-        return _without_rate(coefficients, group) if live else coefficients
+        return without_rate(coefficients, group["maximize"]) if live else coefficients
 
     def _live_rate(self, group: dict[str, Any], lr: Tensor) -> LiveRate:
         """Keeps what the device remembers about a learning rate in tensors of the group."""
@@ -485,7 +502,7 @@ class CTLD(Optimizer):
     def finetune(self) -> None:
         """Switches the noise off for good: from the next step on, plain momentum SGD. Keeps momenta."""
         if self.phase == EXPLORE:
-            self.phase = FINETUNE
+            self._progress.phase = FINETUNE
             self._sampler.temperature.zero_()
             if self._ranks is not None:
                 self._ranks.agreed = False  # not if only some ranks do this
@@ -506,6 +523,7 @@ class CTLD(Optimizer):
         self.tempering = dataclasses.replace(self.tempering, energy_noise=noise)
         self._constants = dataclasses.replace(self._constants, energy_noise=float(noise))
         self._slots, self._backend = [], None
+        self._drop_graph()
 
     # ---------------------------------------------------------------------------------- reporting
 
@@ -627,7 +645,7 @@ class CTLD(Optimizer):
             "tensors": self._sampler.tensors(),
             "dimension": self._dimension,
             "phase": self.phase,
-            "explored": self._explored,
+            "explored": self._progress.total,
             "seed": self.seed,
         }
 
@@ -642,6 +660,7 @@ class CTLD(Optimizer):
         that is not thermal.
         """
         self._warn_about_run()
+        traced.collect(self)
         state_dict = super().state_dict()
         state_dict["param_groups"][0]["sampler"] = self._sampler_dict()
         return state_dict
@@ -657,6 +676,7 @@ class CTLD(Optimizer):
         with self._hooks_run_here(state_dict) as state_dict:
             saved_momenta = self._check_fits(state_dict)
             sampler = state_dict["param_groups"][0]["sampler"]
+            self._drop_graph()
             self._prepare()
             live = [
                 {name: group[name] for name in ("lr", "last_lr", "momentum_unit")}
@@ -743,12 +763,12 @@ class CTLD(Optimizer):
         if self.tempering is not None:
             self.tempering = dataclasses.replace(self.tempering, energy_noise=self._constants.energy_noise)
         self._dimension = sampler["dimension"]
-        self.phase = sampler["phase"]
-        self._explored = sampler["explored"]
+        self._progress = Progress(sampler["phase"], sampler["explored"])
         self.seed = sampler["seed"]
         self._forget_derived()
 
     def __getstate__(self) -> dict[str, Any]:
+        traced.collect(self)
         return super().__getstate__() | {
             "_ctld": {
                 "settings": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -162,3 +162,24 @@ class State:
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
         self.recorded.zero_()
+
+
+@dataclass
+class Progress:
+    """What the host knows of a run; an object of its own, because torch.compile loses attributes that a graph
+    sets on an optimizer.
+
+    Attributes:
+        phase: "explore" or "finetune".
+        explored: steps of exploring, those skipped by a GradScaler included, less ``in_graphs``.
+        in_graphs: of those the ones that a compiled graph counted, int64 (), on the CPU.
+    """
+
+    phase: str
+    explored: int = 0
+    in_graphs: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    @property
+    def total(self) -> int:
+        """All steps of exploring."""
+        return self.explored + int(self.in_graphs)

@@ -140,13 +140,16 @@ def parameters(new: Sequence[Any], device: torch.device | None, chains: int | No
 
 
 def gradient(parameter: Tensor, index: int) -> None:
-    g = parameter.grad
-    if g is None:
-        return
+    if parameter.grad is not None:
+        usable_gradient(parameter.grad, parameter.dtype, index)
+
+
+def usable_gradient(g: Tensor, dtype: torch.dtype, index: int) -> None:
+    """Of parameter ``index``, which is of type ``dtype``."""
     if g.layout != torch.strided:
         raise RuntimeError(f"CTLD does not support sparse gradients (parameter {index})")
-    if g.dtype != parameter.dtype:
-        raise TypeError(f"the gradient of parameter {index} is {g.dtype}, the parameter {parameter.dtype}")
+    if g.dtype != dtype:
+        raise TypeError(f"the gradient of parameter {index} is {g.dtype}, the parameter {dtype}")
 
 
 LOSS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

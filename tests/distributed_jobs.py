@@ -45,7 +45,7 @@ def outcome(optimizer):
         for i, p in enumerate(group["params"]):
             found[f"parameter {g}.{i}"] = whole(p.detach())
             found[f"momentum {g}.{i}"] = whole(optimizer.state[p]["momentum_buffer"])
-    found |= {name: x for name, x in optimizer._sampler.tensors().items() if name != "prior"}
+    found |= {name: x for name, x in optimizer._sampler.all_tensors().items() if name != "prior"}
     return {name: bits(x).numpy() for name, x in found.items()}
 
 

@@ -59,12 +59,12 @@ def test_the_rows_of_a_shard_are_those_that_torch_gives_it(four, kind):
 
 SETTINGS = {
     "default": {},
-    "fine-tuning": {"steps": 12},
+    "fine-tuning": {"steps": 12, "history": 30},
     "constant temperature": {"tempering": None},
     "euler": {"integrator": "euler", "tempering": Tempering(coupling="exact")},
     "hills": {"tempering": Tempering(bias=Metadynamics(), coupling="exact", bins=20)},
     "force": {"tempering": Tempering(bias=AdaptiveForce(residual=None), coupling="exact", bins=20)},
-    "thermostat": {"thermostat": True},
+    "thermostat": {"thermostat": True, "history": 7},
     "thermostat, euler": {"thermostat": True, "integrator": "euler", "tempering": None},
 }
 

@@ -9,8 +9,9 @@ import warnings
 import pytest
 import simulated
 import torch
-from common import differing, make_parameters, run, snapshot
+from common import differing, make_parameters, noisy_quadratic, run, snapshot
 from conftest import require
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from ctld_cuda import CTLD, Tempering
 from ctld_cuda.reference import momentum_unit
@@ -316,3 +317,47 @@ def test_other_backends_read_tensors_as_numbers(backend, rate_dtype):
         with pytest.raises(ValueError, match="lr must"):
             run(actual, 1)
     assert differing(before, snapshot(actual)) == []
+
+
+# ------------------------------------------------------------------------------ compiled steps
+
+
+@pytest.mark.parametrize("explore_steps", [None, SWITCH])
+def test_inside_torch_compile(device, explore_steps):
+    """One graph for each phase, whatever the rates; steps that a GradScaler has skipped are left out."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=graphs, fullgraph=True)
+    def compiled(optimizer, loss):
+        optimizer.step(loss=loss)
+
+    def eager(optimizer, loss):
+        optimizer.step(loss=loss)
+
+    def scaled(step, optimizer):
+        for number, rates in enumerate(RATES):
+            if number == SWITCH and explore_steps is None:
+                optimizer.finetune()
+            set_rates(optimizer, rates)
+            loss = noisy_quadratic(parameters_of(optimizer), number)
+            optimizer.grad_scale = torch.tensor(2.0)
+            optimizer.found_inf = torch.tensor(float(number in (1, 5)))
+            step(optimizer, loss)
+            if number == 2:
+                seen.append(graphs.frame_count)
+        del optimizer.grad_scale, optimizer.found_inf
+        return optimizer
+
+    seen = []
+    rates = (live(0.05), live(0.05))
+    expected = scaled(eager, make(device, copy.deepcopy(rates), explore_steps=explore_steps))
+    actual = scaled(compiled, make(device, copy.deepcopy(rates), explore_steps=explore_steps))
+    assert_alike(expected, actual)
+    # after the phases changed: the graph of the switch itself and the one without it
+    assert graphs.frame_count - seen[1] <= 2
+    actual.state_dict()
+    assert remembered(expected) == remembered(actual)
+    for optimizer in (expected, actual):
+        run(optimizer, 2, first=8)
+    assert_alike(expected, actual)

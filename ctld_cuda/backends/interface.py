@@ -47,6 +47,11 @@ class StepInputs(NamedTuple):
     found_inf: Tensor | None = None
 
 
+def without_rate(coefficients: Coefficients, maximize: bool) -> Coefficients:
+    """Coefficients of a group whose learning rate the device reads: only the sign of the gradient is left."""
+    return coefficients._replace(gradient=-1.0 if maximize else 1.0, drift=0.0)
+
+
 class Backend(Protocol):
     """What the optimizer needs from a backend; the arguments are explained at ReferenceBackend."""
 
