@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/core/*.h)
 
 .PHONY: help
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: .venv/installed  ## train the example; options in ARGS="..."
@@ -18,6 +18,10 @@ demo: .venv/installed  ## train the example; options in ARGS="..."
 .PHONY: test
 test: .venv/installed  ## run the tests; pytest's options in ARGS="..."
 	$(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+
+.PHONY: test-trainers
+test-trainers: .venv/trainers  ## test with Lightning, transformers and accelerate
+	$(BIN)/pytest tests/test_trainers.py $(ARGS)
 
 .PHONY: bench
 bench: .venv/installed  ## time one optimizer step; options in ARGS="..."
@@ -71,4 +75,8 @@ check-tools:  ## name the system packages that are missing
 .venv/installed: .venv/torch setup.py pyproject.toml tools/check_tools.py tools/cuda_toolkit.py $(SOURCES)
 	@$(PYTHON) tools/check_tools.py
 	$(BIN)/pip install --quiet -e ".[test,examples,dev,docs]"
+	@touch $@
+
+.venv/trainers: .venv/installed
+	$(BIN)/pip install --quiet -e ".[trainers]"
 	@touch $@

@@ -29,6 +29,7 @@ from .reference import (
 )
 from .state import Progress, State
 from .tempering import Tempering, TemperingConstants, resolve
+from .trainers import NotedLosses, unwrapped
 
 Tensor = torch.Tensor
 # learning rate, momentum, weight decay
@@ -142,6 +143,7 @@ class CTLD(Optimizer):
         self.process_group = process_group
         self._history_steps = history or 0
         self._progress = Progress(EXPLORE if temperature > 0 else FINETUNE)
+        self._noted = NotedLosses()
         self._backend_name: str = backend  # type: ignore[assignment]  # chosen below
         self._sampler: State = None  # type: ignore[assignment]  # until there are parameters
         self._forget_derived()
@@ -156,6 +158,7 @@ class CTLD(Optimizer):
 
     # ------------------------------------------------------------------------------- construction
 
+    @unwrapped
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; its parameters take the next noise indices.
 
@@ -276,19 +279,35 @@ class CTLD(Optimizer):
 
     # ----------------------------------------------------------------------------------- stepping
 
+    def note_loss(self, loss: Tensor | float) -> None:
+        """Keeps the loss of a micro-batch for the next :meth:`step`, which then needs none.
+
+        For trainers that call ``step`` themselves (``docs/trainers.md``), and for accumulated gradients. The
+        next step uses the mean of what was noted since the last one, every micro-batch with the same weight,
+        also where it has a closure that returns something else. Does not wait for the device.
+
+        Args:
+            loss: mean loss of the micro-batch, not scaled; with chains shape (C,).
+
+        Raises:
+            ValueError, TypeError: as :meth:`step` for a loss.
+        """
+        self._noted.add(validation.loss(loss, self.chains, self._device))
+
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         """One step.
 
         Args:
             closure: evaluates the model, calls backward and returns the mean minibatch loss; with
                 chains the losses of all chains, shape (C,).
-            loss: the same loss, if backward was called already.
+            loss: the same loss, if backward was called already. Without it the mean of what
+                :meth:`note_loss` was given is used.
 
         Returns:
-            The loss.
+            The loss that was used.
 
         Raises:
-            ValueError: tempering without a loss, a loss of the wrong shape, bad hyper-parameters.
+            ValueError: tempering without a loss, two of them, one of the wrong shape, bad hyper-parameters.
             TypeError, RuntimeError: unsuitable gradients, or a model converted after construction.
         """
         if self._watched():
@@ -311,14 +330,12 @@ class CTLD(Optimizer):
         )
 
     def _step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
-        if closure is not None:
-            if loss is not None:
-                raise ValueError("give step() a closure or a loss, not both")
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._loss_of_step(closure, loss)
         if torch.compiler.is_compiling():
             with torch.no_grad():
-                return traced.step(self, loss)
+                loss = traced.step(self, loss)
+            self._noted.clear()
+            return loss
         traced.collect(self)
         self._advance(loss)
         traced.hand_over(self)
@@ -345,6 +362,7 @@ class CTLD(Optimizer):
         energy = validation.loss(loss, self.chains, self._device) if needed or wanted else None
         self._prepare()
         found = self._inspector.look()
+        self._noted.clear()
         if not moving:
             return
         if exploring and found.parameters and not any(found.gradient_addresses):
@@ -370,6 +388,22 @@ class CTLD(Optimizer):
         if exploring:
             self._progress.explored += 1
             self._prior_of = self._prior_key(inputs)
+
+    def _loss_of_step(self, closure: Callable[[], Any] | None, given: Any) -> Any:
+        """The loss given, noted, or returned by the closure, which is called."""
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = closure()
+            # Lightning adds a closure that returns nothing to a loss
+            if given is not None and returned is not None:
+                raise ValueError("give step() a closure or a loss, not both")
+        noted = self._noted.mean()
+        if noted is None:
+            return returned if given is None else given
+        if given is not None:
+            raise ValueError("give step() no loss after note_loss(), or do not note any")
+        return noted if self.chains is not None else noted[0]
 
     def _shared(
         self,
@@ -507,6 +541,7 @@ class CTLD(Optimizer):
             if self._ranks is not None:
                 self._ranks.agreed = False  # not if only some ranks do this
 
+    @unwrapped
     def set_energy_noise(self, noise: float) -> None:
         """Replaces ``tempering.energy_noise`` from now on; see :class:`ctld_cuda.energy.EnergyGate`.
 
@@ -665,6 +700,7 @@ class CTLD(Optimizer):
         state_dict["param_groups"][0]["sampler"] = self._sampler_dict()
         return state_dict
 
+    @unwrapped
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state; the steps that follow are bit for bit those of the optimizer that saved it.
 
@@ -758,6 +794,7 @@ class CTLD(Optimizer):
         return momenta
 
     def _load_sampler(self, sampler: dict[str, Any]) -> None:
+        self._noted = NotedLosses()
         self._sampler.restore(sampler["tensors"])
         self._constants = TemperingConstants(**sampler["constants"])
         if self.tempering is not None:

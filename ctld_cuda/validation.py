@@ -165,7 +165,8 @@ def loss(value: Any, chains: int | None, device: torch.device) -> Tensor:
     if value is None:
         raise ValueError(
             "tempering couples the temperature to the energy, so step() needs the mean minibatch loss: call "
-            "step(closure), or step(loss=loss.detach()); or construct with tempering=None"
+            "step(closure), or step(loss=loss.detach()), or note_loss(loss) if a trainer calls step(); or "
+            "construct with tempering=None"
         )
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -25,6 +25,7 @@ CASES = {
     "finetuning": {"explore_steps": 20},
     "switching": {"explore_steps": 30},
     "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16 momenta": {"dtype": torch.bfloat16, "momentum_dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
 }
 SHAPES = [(4, 3), (4, 17), (4, 40, 10), (4,)]
