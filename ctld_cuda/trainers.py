@@ -26,17 +26,17 @@ class NotedLosses:
         self.clear()
 
     def clear(self) -> None:
-        self.count = 0
+        self._count = 0
         self._sum: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
         # a copy, because a trainer may change its loss in place
         loss = loss.to(torch.float64, copy=True)
         self._sum = loss if self._sum is None else self._sum + loss
-        self.count += 1
+        self._count += 1
 
-    def mean(self) -> Tensor:
-        return self._sum / self.count
+    def mean(self) -> Tensor | None:
+        return None if self._sum is None else self._sum / self._count
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -696,6 +696,33 @@ def test_accelerate(accelerate, network, examples, precision, accumulate):
     assert_same_run(optimizer, expected, by_hand(expected, loss_of, steps, share=accumulate))
 
 
+def test_accelerate_with_a_scaler(accelerate, network, examples):
+    """Accelerate makes a GradScaler on GPUs only, so this test hands it to the wrapper."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    plain = copy.deepcopy(network)
+    accelerate.Accelerator(cpu=True)
+    scaler, other_scaler = (torch.amp.GradScaler("cpu", init_scale=2.0**24) for _ in range(2))
+    optimizer = AcceleratedOptimizer(sampler_of(network), scaler=scaler)
+    for inputs, targets in list(loader_of(examples)) * 3:
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            loss = mse(network(inputs), targets)
+        note_loss(optimizer, loss)
+        scaler.scale(loss).backward()
+        optimizer.step()
+        assert not optimizer.step_was_skipped
+        optimizer.zero_grad()
+
+    def loss_of(batch):
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            return mse(plain(batch[0]), batch[1])
+
+    expected = sampler_of(plain)
+    by_hand(expected, loss_of, chunks(list(loader_of(examples)), 1) * 3, scaler=other_scaler)
+    assert 0 < int(unwrap(optimizer)._sampler.step) < 18
+    assert differing(snapshot(unwrap(optimizer)), snapshot(expected)) == []
+
+
 def test_accelerate_resumes(accelerate, network, examples, tmp_path):
     train = snippets("Accelerate")["train"]
     other_start = copy.deepcopy(network)
