@@ -239,6 +239,7 @@ class CTLD(Optimizer):
     def _prepare(self) -> None:
         if self._backend is not None:
             return
+        self._forget_replaced_parameters()
         self._slots = []
         for group_index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -271,6 +272,12 @@ class CTLD(Optimizer):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _prepare_graph(self) -> None:
         traced.prepare(self)
+
+    def _forget_replaced_parameters(self) -> None:
+        """Drops the state of what is in no group any more: Accelerate replaces parameters by their shards."""
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for p in [p for p in self.state if id(p) not in known]:
+            del self.state[p]
 
     @property
     def _live_on(self) -> torch.device | None:

@@ -60,13 +60,13 @@ def chunks(batches, size):
     return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 
-def by_hand(optimizer, loss_of, steps, *, share=None, scaler=None, clip=0.0):
+def by_hand(optimizer, loss_of, steps, *, share=None, scaler=None, clip=0.0, clipped=()):
     """What a trainer should do, with losses given to step; returns them.
 
-    ``steps`` is a list of lists of micro-batches, ``share`` the divisor of their losses (None: their number).
+    ``steps`` is a list of lists of micro-batches, ``share`` the divisor of their losses (None: their number),
+    ``clipped`` the parameters whose gradients are clipped, in the order in which their norms are added up.
     """
     used = []
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for micro_batches in steps:
         optimizer.zero_grad()
         losses = []
@@ -79,7 +79,7 @@ def by_hand(optimizer, loss_of, steps, *, share=None, scaler=None, clip=0.0):
         if clip:
             if scaler:
                 scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            torch.nn.utils.clip_grad_norm_(clipped, clip)
         if scaler:
             scaler.step(optimizer, loss=used[-1])
             scaler.update()
@@ -232,6 +232,20 @@ def test_noting_does_not_wait_and_keeps_no_graph(backend):
     assert used.item() == 1.5 and not used.requires_grad
 
 
+def test_parameters_replaced_before_the_first_step(backend):
+    """As accelerator.prepare does with FSDP2: a load_state_dict, then other parameters in the groups."""
+    replaced, expected = prepared(backend), prepared(backend)
+    replaced.load_state_dict(replaced.state_dict())
+    (old,) = replaced.param_groups[0]["params"]
+    new = torch.nn.Parameter(old.detach().clone())
+    new.grad = old.grad.clone()
+    replaced.param_groups[0]["params"] = [new]
+    for optimizer in (replaced, expected):
+        optimizer.step(loss=1.0)
+    assert differing(snapshot(replaced), snapshot(expected)) == []
+    assert list(replaced.state) == [new] and list(replaced.state_dict()["state"]) == [0]
+
+
 def test_only_ctld_can_be_unwrapped(backend):
     optimizer = prepared(backend)
     assert unwrap(optimizer) is optimizer
@@ -318,7 +332,8 @@ def test_lightning_with_a_scaler(lightning, network, examples, name):
 
     expected = sampler_of(plain)
     steps = chunks(list(loader_of(examples)), 1) * 3
-    by_hand(expected, loss_of, steps, scaler=scaler(), clip=1.0 if name == "Clipped" else 0.0)
+    clip = 1.0 if name == "Clipped" else 0.0
+    by_hand(expected, loss_of, steps, scaler=scaler(), clip=clip, clipped=list(plain.parameters()))
     assert differing(snapshot(optimizer), snapshot(expected)) == []
     assert 0 < int(optimizer._sampler.step) < len(steps)  # the first gradients overflowed
 
@@ -510,7 +525,11 @@ def replay(model, seen, arguments, make, accumulate=1, epochs=2):
     per_epoch = len(seen) // epochs
     steps = [s for epoch in chunks(seen, per_epoch) for s in chunks(epoch, accumulate)]
     losses = by_hand(
-        optimizer, lambda batch: mse(model.network(batch[0]), batch[1]), steps, clip=arguments.max_grad_norm
+        optimizer,
+        lambda batch: mse(model.network(batch[0]), batch[1]),
+        steps,
+        clip=arguments.max_grad_norm,
+        clipped=list(model.parameters()),
     )
     return optimizer, losses
 
