@@ -26,16 +26,19 @@ class NotedLosses:
         self.clear()
 
     def clear(self) -> None:
+        """Forgets all."""
         self._count = 0
         self._sum: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
+        """Another one, shape (C,)."""
         # a copy, because a trainer may change its loss in place
         loss = loss.to(torch.float64, copy=True)
         self._sum = loss if self._sum is None else self._sum + loss
         self._count += 1
 
     def mean(self) -> Tensor | None:
+        """Float64, shape (C,); None if there are none."""
         return None if self._sum is None else self._sum / self._count
 
 
@@ -99,6 +102,7 @@ class NotesLoss:
     """
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, whose loss it notes."""
         share = super().training_step(*args, **kwargs)  # type: ignore[misc]
         # as many shares are noted before the step, and their mean is used
         micro_batches = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
