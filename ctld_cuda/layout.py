@@ -287,7 +287,8 @@ class Inspector:
         found = self._look_quickly(self._last) if self._last and self._usual else None
         if found is None:
             found = self._look_closely()
-        self._last = found
+        # without the gradients: zero_grad() shall free their memory
+        self._last = found._replace(gradients=[], gradient_addresses=[])
         return found
 
     def _look_quickly(self, last: Found) -> Found | None:

@@ -813,7 +813,7 @@ def explore(
     ``loss`` is float64 (C,), or without tempering None; ``state.prior`` holds the prior energy of the current
     parameters; gradients are multiplied by ``unscale``, float64 (), if given.
     """
-    energy = None if loss is None else potential_energy(loss, state, c)
+    recorded = potential_energy(loss, state, c) if loss is not None and len(state.history) else None
     if c.bins:
         scale, rescale = temper(loss, state, c, settings.seed)  # type: ignore[arg-type]  # bins: a loss
     else:
@@ -824,7 +824,7 @@ def explore(
         explore_tensor(flat, groups[flat.group], scale, rescale, state, c, settings, unscale)
     if settings.group_elements and not settings.partial_sums:
         adapt_friction(groups, state, c, settings)
-    record(energy, kinetic_temperature(state, settings.kinetic_unit), state)
+    record(recorded, kinetic_temperature(state, settings.kinetic_unit), state)
     state.step += 1
 
 

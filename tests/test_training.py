@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -654,3 +655,16 @@ def test_resident_memory_is_flat_over_ten_thousand_steps(compiled):
     gc.collect()
     assert resident_bytes() - start < 3_000_000
     assert len(gc.get_objects()) - objects < 200
+
+
+def test_gradients_are_not_kept(backend):
+    """zero_grad() frees their memory, which the next backward needs."""
+    (p,) = make_parameters([(100,)])
+    optimizer = CTLD([p], num_data=10, backend=backend)
+    for _ in range(3):
+        p.grad = torch.ones(100)
+        kept = weakref.ref(p.grad)
+        optimizer.step(loss=1.0)
+        optimizer.zero_grad()
+        gc.collect()
+        assert kept() is None
