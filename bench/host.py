@@ -70,7 +70,7 @@ def ours(shared: list[torch.nn.Parameter], kernel: bool, **options: Any) -> Step
 
 
 def contestants(count: int) -> dict[str, Step]:
-    # the same for all: a program has one set of parameters, and several would push each other out of the caches
+    # the same for all: several sets of parameters would push each other out of the caches
     shared = parameters(count)
     found = {
         SGD: torch.optim.SGD(shared, LR, MOMENTUM, fused=True).step,
