@@ -43,21 +43,25 @@ def disassembled(codes, disassembler):
     return [code for code in codes if code.loops]
 
 
+@pytest.mark.long
 def test_kernels_are_few(codes):
     assert 0 < len(codes[0].resources) <= check_cuda.MOST_KERNELS
 
 
+@pytest.mark.long
 def test_kernels_keep_their_variables_in_registers_and_fill_the_processor(codes):
     threads = check_cuda.threads_per_block((check_cuda.CSRC / "cuda_arguments.h").read_text())
     assert [problem for code in codes for problem in check_cuda.all_resource_problems(code, threads)] == []
 
 
+@pytest.mark.long
 def test_parameters_fit(disassembled):
     for code in disassembled:
         assert code.parameter_bytes.keys() == code.resources.keys()
         assert max(code.parameter_bytes.values()) <= check_cuda.MOST_PARAMETER_BYTES
 
 
+@pytest.mark.long
 def test_main_loops_are_lean(disassembled):
     assert disassembled
     print(check_cuda.loop_table(disassembled))

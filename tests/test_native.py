@@ -41,6 +41,7 @@ def test_tiles_of_aarch64_under_emulation(tmp_path):
     check([emulator, tile_parity(compiler, "neon", tmp_path, WARNINGS, ["-static"])])
 
 
+@pytest.mark.long
 def test_tiles_under_the_address_and_undefined_behaviour_sanitizers(tmp_path):
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     check([tile_parity(program("g++"), "plain", tmp_path, sanitize, sanitize)])
