@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import require
 
 from ctld_cuda import CTLD, backend_info, reference
 
@@ -20,6 +21,7 @@ import chains  # noqa: E402
 import contestants  # noqa: E402
 import cpu  # noqa: E402
 import gpu  # noqa: E402
+import host  # noqa: E402
 import machine  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
@@ -446,3 +448,14 @@ def test_only_undisturbed_rounds_are_kept_if_there_are_enough():
     kept, said = cpu.undisturbed(times, shares)
     assert kept["step"] == times["step"][:-1]
     assert said.startswith("7 of 8 rounds")
+
+
+def test_the_host_s_time_is_measured_for_every_case(monkeypatch, capsys):
+    require("cpu")
+    monkeypatch.setattr(host, "alone_elsewhere", host.alone)
+    (case,) = host.main(["--tensors", "3", "--seconds", "0.01"])["cases"]
+    assert case["faster"] in (host.SGD, host.ADAMW) and case["allowed"] == 60e-6 + 3 * 0.6e-6
+    assert case["ratio"].keys() == case["no kernel"].keys() == host.OPTIONS.keys()
+    assert capsys.readouterr().out.count("| 3 |") == 2 + len(host.OPTIONS)
+    host.main(["--alone", host.CONSTANT, "--tensors", "3", "--seconds", "0.01"])
+    assert len(json.loads(capsys.readouterr().out)) == 3

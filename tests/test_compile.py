@@ -93,9 +93,7 @@ def test_through_both_phases(options, seed):
 
 REFERENCE_CASES = [
     {"tempering": MOVING, "shapes": [(7,)]},
-    pytest.param(
-        {"tempering": None, "dtype": torch.bfloat16, "integrator": "euler"}, marks=pytest.mark.long
-    ),
+    pytest.param({"tempering": None, "dtype": torch.bfloat16, "integrator": "euler"}, marks=pytest.mark.long),
     pytest.param(
         {"tempering": EXACT, "thermostat": True, "chains": 4, "shapes": [(4, 3)]}, marks=pytest.mark.long
     ),

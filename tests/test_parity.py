@@ -46,9 +46,7 @@ def test_all_combinations(compiled_backend, integrator, coupling, bias):
 
 # the size of a tensor and the bias do not meet in the code: all combinations of them only with --long
 LARGE_COMBINATIONS = [
-    c
-    if c == ("baoab", "standardized", "adaptive")
-    else pytest.param(*c, marks=pytest.mark.long)
+    c if c == ("baoab", "standardized", "adaptive") else pytest.param(*c, marks=pytest.mark.long)
     for c in COMBINATIONS
 ]
 
