@@ -120,6 +120,11 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * min(1.0, (args.steps - step) / max(args.steps - explored, 1.0))
 
 
+def say(text: str) -> None:
+    """Prints a line at once: torchrun's processes share the terminal."""
+    print(text + "\n", end="", flush=True)
+
+
 def train(args: argparse.Namespace, images: Images, device: torch.device) -> dict:
     """Trains; returns the result, the same on all ranks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -135,7 +140,7 @@ def train(args: argparse.Namespace, images: Images, device: torch.device) -> dic
     batches = Batches(images.train, args.batch_size, args.corruption, args.seed)
     checkpoints = Checkpoints(args.out, model, optimizer)
     first = checkpoints.load()
-    print(f"rank {rank} of {ranks}: process {os.getpid()}, from step {first}", flush=True)
+    say(f"rank {rank} of {ranks}: process {os.getpid()}, from step {first}")
     for step in range(first, args.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         corrupted, clean = batches.part(step, rank, ranks)
@@ -147,7 +152,7 @@ def train(args: argparse.Namespace, images: Images, device: torch.device) -> dic
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             checkpoints.save(step + 1)
             if rank == 0:
-                print(f"step {step + 1}: loss {float(loss.detach()):.2f}, {optimizer.phase}", flush=True)
+                say(f"step {step + 1}: loss {float(loss.detach()):.2f}, {optimizer.phase}")
     model.eval()
     with torch.no_grad():
         test = cross_entropy(model(images.corrupted_test), images.test)
