@@ -38,6 +38,7 @@ def result(out):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.long
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path):
     whole = start(tmp_path / "whole")
     _, errors = whole.communicate(timeout=240)
