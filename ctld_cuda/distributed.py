@@ -299,15 +299,22 @@ def _digest(settings: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(settings).encode(), digest_size=7).digest(), "big")
 
 
+# bytes that are widened to 64 bits at a time: all at once would be many times the model
+DIGEST_BLOCK = 1 << 20
+
+
 def parameters_digest(slots: Sequence[Slot]) -> int:
     """Of the values of parameters that are replicated, which must be the same on all ranks."""
     total = 0
     for slot in slots:
         if isinstance(slot, ShardedSlot) or slot.empty:
             continue
-        words = slot.parameter.detach().contiguous().view(torch.uint8).view(-1).to(torch.int64)
-        weights = torch.arange(words.numel(), device=words.device) * 2 + 1
-        total = (total * 31 + int((words * weights).sum())) % 2**56
+        words = slot.parameter.detach().reshape(-1).view(torch.uint8)
+        weights = torch.arange(min(words.numel(), DIGEST_BLOCK), device=words.device) * 2 + 1
+        found = torch.zeros((), dtype=torch.int64, device=words.device)
+        for i, block in enumerate(words.split(DIGEST_BLOCK)):
+            found += (block * (weights[: block.numel()] + 2 * DIGEST_BLOCK * i)).sum()
+        total = (total * 31 + int(found)) % 2**56
     return total
 
 

@@ -27,7 +27,7 @@ from .reference import (
     momentum_unit,
     record_kinetic,
 )
-from .state import Progress, State
+from .state import EXPLORE, FINETUNE, Progress, State
 from .tempering import Tempering, TemperingConstants, resolve
 from .trainers import NotedLosses, unwrapped
 
@@ -40,8 +40,6 @@ _NO_GRADIENTS = (
     "CTLD: no parameter has a gradient, so all of them only feel the noise: call loss.backward() before "
     "step(), and zero_grad() after it"
 )
-
-EXPLORE, FINETUNE = "explore", "finetune"
 
 
 def _capturing(device: torch.device) -> bool:

@@ -28,6 +28,8 @@ FLAG_MEANINGS = {
     "apart",
 }
 
+EXPLORE, FINETUNE = "explore", "finetune"
+
 _NOT_SAVED = ("history", "recorded")
 
 

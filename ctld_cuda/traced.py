@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import operators, reference, validation
 from .layout import FlatTensor, in_memory_order
 from .reference import explore_coefficients, finetune_coefficients, momentum_unit
+from .state import EXPLORE
 
 if TYPE_CHECKING:
     from .optimizer import CTLD
 
 Tensor = torch.Tensor
 
-EXPLORE = "explore"
 REMEMBERED = ("last_lr", "momentum_unit")
 
 

@@ -10,7 +10,7 @@ import torch
 from common import make_parameters
 from ranks import Ranks
 
-from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, Tempering
+from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, Tempering, distributed, layout
 from ctld_cuda.distributed import disagreement, mean_of_rows
 
 pytestmark = pytest.mark.skipif(
@@ -186,6 +186,23 @@ def test_a_group_of_others_is_refused(two):
 def test_what_is_no_group_is_refused(group):
     with pytest.raises(TypeError, match="process_group must be"):
         CTLD(make_parameters([(3,)]), num_data=10, process_group=group)
+
+
+def test_the_digest_of_parameters_sees_every_byte(monkeypatch):
+    """In blocks, so that large models need no more memory, and for parameters without dimensions."""
+    parameters = [torch.randn(()), torch.randn(7, 3), torch.randn(11).to(torch.bfloat16)]
+    slots = [layout.Slot(p, None, i, 0, 1) for i, p in enumerate(parameters)]
+    whole = distributed.parameters_digest(slots)
+    monkeypatch.setattr(distributed, "DIGEST_BLOCK", 8)
+    assert distributed.parameters_digest(slots) == whole
+    for p in parameters:
+        for i in range(p.numel()):
+            kept = p.view(-1)[i].clone()
+            p.view(-1)[i] += 1
+            assert distributed.parameters_digest(slots) != whole
+            p.view(-1)[i] = kept
+    parameters[1].copy_(parameters[1].flip(0))
+    assert distributed.parameters_digest(slots) != whole
 
 
 def test_a_disagreement_names_what_differs():
