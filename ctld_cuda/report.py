@@ -14,9 +14,9 @@ import torch
 from . import diagnostics
 from .diagnostics import UNKNOWN, Flatness, GradientWatch, Ratio
 from .energy import Verdict, judge
-from .optimizer import CTLD, EXPLORE
+from .optimizer import CTLD
 from .reference import compute_dtype, damped_momentum, temper_scale
-from .state import NONFINITE_PARAMETER, State
+from .state import EXPLORE, NONFINITE_PARAMETER, State
 from .tempering import TemperingConstants
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from .. import validation
-from ..optimizer import CTLD, EXPLORE
+from ..optimizer import CTLD
+from ..state import EXPLORE
 from .draws import Draw, Draws
 from .files import DrawFiles
 from .store import COLUMNS, Columns, DrawStore, Spec, differences
