@@ -312,8 +312,9 @@ def parameters_digest(slots: Sequence[Slot]) -> int:
         words = slot.parameter.detach().reshape(-1).view(torch.uint8)
         weights = torch.arange(min(words.numel(), DIGEST_BLOCK), device=words.device) * 2 + 1
         found = torch.zeros((), dtype=torch.int64, device=words.device)
-        for i, block in enumerate(words.split(DIGEST_BLOCK)):
-            found += (block * (weights[: block.numel()] + 2 * DIGEST_BLOCK * i)).sum()
+        for start in range(0, words.numel(), DIGEST_BLOCK):
+            block = words[start : start + DIGEST_BLOCK]
+            found += (block * (weights[: block.numel()] + 2 * start)).sum()
         total = (total * 31 + int(found)) % 2**56
     return total
 
