@@ -1,12 +1,16 @@
 """Trains the denoising autoencoder on several processes with CTLD: DDP or FSDP2, on CPUs or GPUs.
 
     torchrun --nproc-per-node 2 examples/distributed_autoencoder.py
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/distributed_autoencoder.py --parallel ddp
+    torchrun --nproc-per-node 2 examples/distributed_autoencoder.py --parallel ddp
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --max-restarts 3 \\
+        examples/distributed_autoencoder.py
 
 Every rank takes its part of the same minibatches, so that the run is the same for any number of ranks, up to
 the rounding of sums over ranks. A checkpoint is written every --checkpoint-every steps, in a folder of its
 own, and complete or not there at all: if a rank dies, start the same command again, with as many ranks as
-there are, or let torchrun do it (--max-restarts); at most the steps since are lost.
+there are, or let torchrun do it (--max-restarts); at most the steps since are lost. For that, torchrun must
+give every start a key-value store of its own (the variable above): in the one that it shares by default,
+new processes can find the addresses of the dead ones (https://github.com/pytorch/pytorch/issues/135712).
 """
 
 from __future__ import annotations
@@ -191,6 +195,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it with torchrun, for example: torchrun --nproc-per-node 2 " + sys.argv[0])
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and restarts > 0:
+        parser.error("with --max-restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun starts")
     if args.steps < 1 or args.batch_size < 1 or args.checkpoint_every < 1 or not 0 <= args.explore <= 1:
         parser.error("--steps, --batch-size and --checkpoint-every must be positive, --explore within [0, 1]")
     ranks = int(os.environ["WORLD_SIZE"])

