@@ -4,6 +4,7 @@ import os
 import secrets
 
 import pytest
+import simulated
 import torch
 
 from ctld_cuda import backend_info
@@ -45,6 +46,15 @@ def backend(request):
 @pytest.fixture(params=[name for name in INFO if name != "reference"])
 def compiled_backend(request):
     """Every backend that is not the specification itself; common.device_of says where its parameters are."""
+    return require(request.param)
+
+
+@pytest.fixture(params=["reference", "cpu", "simulated CUDA"])
+def processor(request, monkeypatch):
+    """The name of a backend for parameters on the CPU, one of which runs the CUDA kernels' source."""
+    if request.param == "simulated CUDA":
+        simulated.install(monkeypatch)
+        return "cpu"
     return require(request.param)
 
 

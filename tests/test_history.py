@@ -8,7 +8,6 @@ import pytest
 import simulated
 import torch
 from common import bits, differing, make_parameters, noisy_quadratic, run, snapshot, two_groups
-from conftest import require
 
 from ctld_cuda import CTLD, AdaptiveForce, Tempering
 
@@ -26,15 +25,6 @@ CASES = {
     "float64": {"tempering": MOVING, "dtype": torch.float64, "explore_steps": 5},
 }
 COLUMNS = ("alpha", "temperature", "energy", "kinetic_temperature")
-
-
-@pytest.fixture(params=["reference", "cpu", "simulated CUDA"])
-def processor(request, monkeypatch):
-    """The name of a backend for parameters on the CPU."""
-    if request.param == "simulated CUDA":
-        simulated.install(monkeypatch)
-        return "cpu"
-    return require(request.param)
 
 
 def make(backend, chains=None, history=4, shapes=SHAPES, **options):

@@ -6,25 +6,14 @@ import math
 import pickle
 
 import pytest
-import simulated
 import torch
 from common import bits, differing, make_parameters, noisy_quadratic, run, snapshot
-from conftest import require
 
 from ctld_cuda import CTLD, Tempering
 from ctld_cuda.reference import momentum_unit
 
 SIZES = [(4, 3), (37,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.fixture(params=["reference", "cpu", "simulated CUDA"])
-def processor(request, monkeypatch):
-    """The name of a backend for parameters on the CPU."""
-    if request.param == "simulated CUDA":
-        simulated.install(monkeypatch)
-        return "cpu"
-    return require(request.param)
 
 
 def make(backend, dtype=torch.float32, phase="explore", **options):
