@@ -114,6 +114,7 @@ def ninja_text(*, csrc, cxx, machine, python_includes, output, werror, cuda, ope
     steps = {
         "module.o": compile_step("module.o", csrc / "module.cpp", module_flags),
         "bind_cpu.o": compile_step("bind_cpu.o", csrc / "bind_cpu.cpp", bindings_flags),
+        "bind_look.o": compile_step("bind_look.o", csrc / "bind_look.cpp", bindings_flags),
         "cpu.o": compile_step("cpu.o", csrc / "cpu.cpp"),
     }
     for isa, isa_flags in INSTRUCTION_SETS.get(OTHER_NAMES.get(machine, machine), {"generic": []}).items():

@@ -96,5 +96,6 @@ inline double kinetic_quanta(const TemperingConstants& c) { return power_of_two(
 
 void bind_cpu(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
+void bind_look(pybind11::module_& module);
 
 }  // namespace ctld

@@ -1,6 +1,8 @@
-"""The extension module, made from csrc/bind_cpu.cpp and csrc/bind_cuda.cpp; addresses are integers."""
+"""The extension module, made from csrc/bind_*.cpp; addresses are integers."""
 
 from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 # (numel, first, counted, index, group, format) of a tensor
 _Info = tuple[int, int, bool, int, int, int]
@@ -52,6 +54,10 @@ class CpuPlan:
         /,
     ) -> None: ...
     def reduce_prior_energy(self, groups: Sequence[_Group], threads: int, /) -> None: ...
+
+class Usual:
+    def __init__(self, parameters: list[Tensor], tensor_type: type[Tensor], /) -> None: ...
+    def gradients(self) -> tuple[list[Tensor], list[int]] | None: ...
 
 # whether the CPU plans use several threads
 openmp: bool

@@ -32,9 +32,11 @@ from typing import Any
 import torch
 
 from . import backends, validation
-from .backends.interface import Backend, LiveRate, StepInputs, without_rate
-from .layout import Found, Slot
-from .reference import Coefficients, Settings, explore_coefficients, finetune_coefficients, momentum_unit
+from .backends.interface import Backend, LiveRate, StepInputs
+from .coefficients import first_unit, of_exploring, of_finetuning
+from .inspection import Found
+from .layout import Slot
+from .reference import Settings
 from .state import State
 from .tempering import TemperingConstants
 
@@ -228,11 +230,6 @@ class _Call:
     def _here(self, scalar: Tensor | None) -> Tensor | None:
         return None if scalar is None else scalar.to(device=self.device, dtype=torch.float32)
 
-    def add(self, coefficients: Coefficients, lr: float | Tensor, maximize: bool) -> None:
-        """The scalars of the next group."""
-        live = isinstance(lr, Tensor)
-        self.inputs.groups.append(without_rate(coefficients, maximize) if live else coefficients)
-
     def explore(self) -> None:
         plan = self.plan
         # all learning rates 0 is how checkpointing tools initialise an optimizer: no step at all
@@ -246,17 +243,15 @@ class _Call:
             self.explored.add_(1)
         if self.skipped:
             return
-        for lr, momentum, weight_decay, maximize in self.hypers:
-            coefficients = explore_coefficients(
+        self.inputs.groups.extend(
+            of_exploring(
                 plan.settings.integrator,
-                lr=1.0 if isinstance(lr, Tensor) else lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
+                *hyper,
                 num_data=plan.settings.num_data,
-                c=plan.constants,
-                maximize=maximize,
+                constants=plan.constants,
             )
-            self.add(coefficients, lr, maximize)
+            for hyper in self.hypers
+        )
         inputs = self.inputs._replace(loss=loss)
         if plan.tempered:
             # nothing in a graph tells whether the stored one is that of these parameters
@@ -269,22 +264,13 @@ class _Call:
     def finetune(self) -> None:
         if self.skipped:
             return
-        for (lr, momentum, weight_decay, maximize), (last, unit) in zip(
-            self.hypers, self.memory, strict=True
-        ):
-            live = isinstance(lr, Tensor)
-            if not live and not unit:  # the first step of this phase
-                unit.fill_(
-                    momentum_unit(float(last) or float(lr) or 1.0, momentum, self.plan.settings.num_data)
-                )
-            coefficients = finetune_coefficients(
-                lr=0.0 if isinstance(lr, Tensor) else lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                unit=1.0 if live else float(unit),
-                maximize=maximize,
-            )
-            self.add(coefficients, lr, maximize)
+        for hyper, (last, unit) in zip(self.hypers, self.memory, strict=True):
+            lr, momentum, *_ = hyper
+            if not isinstance(lr, Tensor) and not unit:  # the first step of this phase
+                unit.fill_(first_unit(float(last), lr, momentum, self.plan.settings.num_data))
+            # a live rate's unit is none of the host's business
+            known = 0.0 if isinstance(lr, Tensor) else float(unit)
+            self.inputs.groups.append(of_finetuning(*hyper, unit=known))
         loss = None
         if self.records and self.loss is not None:
             loss = validation.loss(self.loss, self.plan.chains, self.device)

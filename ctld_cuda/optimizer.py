@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -13,18 +12,18 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import backends, diagnostics, distributed, traced, validation
-from .backends.interface import LiveRate, StepInputs, without_rate
-from .layout import Inspector, Slot
+from . import backends, diagnostics, distributed, persistence, traced, validation
+from .backends import extension
+from .backends.interface import LiveRate, StepInputs
+from .coefficients import first_unit, of_exploring, of_finetuning
+from .inspection import Inspector
+from .layout import Slot
 from .reference import (
     Coefficients,
     Settings,
     adapt_friction,
-    explore_coefficients,
-    finetune_coefficients,
     kinetic_temperature,
     kinetic_unit,
-    momentum_unit,
     record_kinetic,
 )
 from .state import EXPLORE, FINETUNE, Progress, State
@@ -219,7 +218,7 @@ class CTLD(Optimizer):
     def _forget_derived(self) -> None:
         """Drops what can be rebuilt: slots, backend and the knowledge whose prior energy is stored."""
         self._slots: list[Slot] = []
-        self._inspector = Inspector([], validation.gradient)
+        self._inspector = Inspector([], validation.gradient, extension.usual_of)
         self._backend: Any = None
         self._ranks: distributed.Ranks | None = None
         # what they were worked out of, and the coefficients of all groups
@@ -252,7 +251,7 @@ class CTLD(Optimizer):
                 self.state[p]["momentum_buffer"] = slot.stored_momentum()
                 self._slots.append(slot)
         self._ranks = distributed.ranks_of(self._slots, self.process_group)
-        self._inspector = Inspector(self._slots, validation.gradient)
+        self._inspector = Inspector(self._slots, validation.gradient, extension.usual_of)
         elements = [max(self._trainable([group]), 1.0) for group in self.param_groups]
         self._settings = Settings(
             self.seed,
@@ -425,7 +424,7 @@ class CTLD(Optimizer):
         rates = [("live" if isinstance(lr, Tensor) else lr, *others) for lr, *others in hypers]
         settings = {"lr, momentum, weight_decay": rates, "phase": self.phase, "steps": self._progress.total}
         if not ranks.agreed:
-            settings |= self._configuration() | {
+            settings |= persistence.configuration(self) | {
                 "seed": self.seed,
                 "history": self._history_steps,
                 "parameters": [(tuple(s.source.shape), s.dtype, s.group) for s in self._slots],
@@ -475,9 +474,8 @@ class CTLD(Optimizer):
             if exploring:
                 group["last_lr"] = lr if lr > 0 else group["last_lr"]
             elif not group["momentum_unit"]:  # the first step of this phase
-                # without a positive lr so far any unit serves: it cancels in theta
-                reference_lr = float(group["last_lr"] or 0.0) or lr or 1.0
-                group["momentum_unit"] = momentum_unit(reference_lr, momentum, self.num_data)
+                last = float(group["last_lr"] or 0.0)
+                group["momentum_unit"] = first_unit(last, lr, momentum, self.num_data)
         # a live rate's value is none of the host's business
         numbers = [(None, *rest) if isinstance(lr, Tensor) else (lr, *rest) for lr, *rest in hypers]
         signs = [group["maximize"] for group in groups]
@@ -489,36 +487,25 @@ class CTLD(Optimizer):
             ]
         key = (exploring, self.integrator, self.num_data, self._constants, numbers, signs, units)
         if key != self._coefficients_of:
-            of = self._explore_coefficients if exploring else self._finetune_coefficients
-            self._coefficients_found = [of(group, hyper) for group, hyper in zip(groups, hypers, strict=True)]
+            self._coefficients_found = [
+                self._coefficients_of_group(group, hyper, exploring)
+                for group, hyper in zip(groups, hypers, strict=True)
+            ]
             self._coefficients_of = key
         return self._coefficients_found
 
-    def _explore_coefficients(self, group: dict[str, Any], hyper: Hypers) -> Coefficients:
-        lr, momentum, weight_decay = hyper
-        live = isinstance(lr, Tensor)
-        coefficients = explore_coefficients(
-            self.integrator,
-            lr=1.0 if isinstance(lr, Tensor) else lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            num_data=self.num_data,
-            c=self._constants,
-            maximize=group["maximize"],
-        )
-        return without_rate(coefficients, group["maximize"]) if live else coefficients
-
-    def _finetune_coefficients(self, group: dict[str, Any], hyper: Hypers) -> Coefficients:
-        lr, momentum, weight_decay = hyper
-        live = isinstance(lr, Tensor)
-        coefficients = finetune_coefficients(
-            lr=0.0 if isinstance(lr, Tensor) else lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            unit=1.0 if live else float(group["momentum_unit"]),
-            maximize=group["maximize"],
-        )
-        return without_rate(coefficients, group["maximize"]) if live else coefficients
+    def _coefficients_of_group(self, group: dict[str, Any], hyper: Hypers, exploring: bool) -> Coefficients:
+        if exploring:
+            return of_exploring(
+                self.integrator,
+                *hyper,
+                group["maximize"],
+                num_data=self.num_data,
+                constants=self._constants,
+            )
+        # a live rate's unit is none of the host's business
+        unit = 0.0 if isinstance(hyper[0], Tensor) else float(group["momentum_unit"])
+        return of_finetuning(*hyper, group["maximize"], unit=unit)
 
     def _live_rate(self, group: dict[str, Any], lr: Tensor) -> LiveRate:
         """Keeps what the device remembers about a learning rate in tensors of the group."""
@@ -661,34 +648,6 @@ class CTLD(Optimizer):
 
     # ----------------------------------------------------------------------------------- persistence
 
-    def _configuration(self) -> dict[str, Any]:
-        """What must agree between the optimizer that saved a state and the one that loads it."""
-        tempering = self.tempering and dataclasses.asdict(self.tempering)
-        if tempering and self.tempering:
-            del tempering["energy_noise"]  # a measured number, saved with the constants
-            tempering["bias_type"] = type(self.tempering.bias).__name__
-        return {
-            "num_data": self.num_data,
-            "temperature": self.temperature,
-            "integrator": self.integrator,
-            "chains": self.chains,
-            "tempering": tempering,
-            "stochastic_rounding": self.stochastic_rounding,
-            "momentum_dtype": self.momentum_dtype,
-            "thermostat": self.thermostat,
-        }
-
-    def _sampler_dict(self) -> dict[str, Any]:
-        return {
-            "configuration": self._configuration(),
-            "constants": dataclasses.asdict(self._constants),
-            "tensors": self._sampler.tensors(),
-            "dimension": self._dimension,
-            "phase": self.phase,
-            "explored": self._progress.total,
-            "seed": self.seed,
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """torch's optimizer state; ``"sampler"`` of the first group has alpha, bias, counters and settings.
 
@@ -702,7 +661,7 @@ class CTLD(Optimizer):
         self._warn_about_run()
         traced.collect(self)
         state_dict = super().state_dict()
-        state_dict["param_groups"][0]["sampler"] = self._sampler_dict()
+        state_dict["param_groups"][0]["sampler"] = persistence.sampler_dict(self)
         return state_dict
 
     @unwrapped
@@ -714,136 +673,14 @@ class CTLD(Optimizer):
         Raises:
             ValueError: if the state does not fit this optimizer; nothing is changed then.
         """
-        with self._hooks_run_here(state_dict) as state_dict:
-            saved_momenta = self._check_fits(state_dict)
-            sampler = state_dict["param_groups"][0]["sampler"]
-            self._drop_graph()
-            self._prepare()
-            live = [
-                {name: group[name] for name in ("lr", "last_lr", "momentum_unit")}
-                for group in self.param_groups
-            ]
-            groups = [{**group, "sampler": None} for group in state_dict["param_groups"]]
-            super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
-            for slot, saved in zip(self._slots, saved_momenta, strict=True):
-                # in place and here, because the base class casts to the parameter's dtype
-                slot.momentum.zero_() if saved is None else slot.load_momentum(saved)
-                self.state[slot.source]["momentum_buffer"] = slot.stored_momentum()
-            for group, own in zip(self.param_groups, live, strict=True):
-                for name, tensor in own.items():
-                    if isinstance(tensor, Tensor):  # in place: a captured graph reads this memory
-                        value = torch.as_tensor(group[name] or 0.0, dtype=torch.float64)
-                        group[name] = tensor.copy_(value.reshape(tensor.shape))
-            self._load_sampler(sampler)
-
-    @contextlib.contextmanager
-    def _hooks_run_here(self, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Runs the user's load hooks around the whole of our loading instead of the base class's."""
-        before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
-        state_dict = dict(state_dict)
-        for hook in before.values():
-            state_dict = hook(self, state_dict) or state_dict
-        self._optimizer_load_state_dict_pre_hooks = type(before)()
-        self._optimizer_load_state_dict_post_hooks = type(after)()
-        try:
-            yield state_dict
-        finally:
-            self._optimizer_load_state_dict_pre_hooks = before
-            self._optimizer_load_state_dict_post_hooks = after
-        for after_hook in after.values():
-            after_hook(self)
-
-    def _check_fits(self, state_dict: dict[str, Any]) -> list[Tensor | None]:
-        """The saved momenta in the order of our parameters, if everything fits."""
-        missing = {"state", "param_groups"} - set(state_dict)
-        if missing:
-            raise ValueError(f"state_dict has no {sorted(missing)}: it is not from CTLD.state_dict()")
-        if not any(group.get("sampler") for group in state_dict["param_groups"][:1]):
-            raise ValueError("state_dict has no sampler: it is not from CTLD.state_dict()")
-        sizes = [len(g["params"]) for g in self.param_groups]
-        saved_sizes = [len(g["params"]) for g in state_dict["param_groups"]]
-        if sizes != saved_sizes:
-            raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}, the optimizer {sizes}")
-        for group in state_dict["param_groups"]:
-            absent = {"lr", "momentum", "weight_decay", "maximize", "momentum_unit", "last_lr"} - set(group)
-            if absent:
-                raise ValueError(f"state_dict: a parameter group has no {sorted(absent)}")
-            validation.hyper_parameters(group)
-        sampler = state_dict["param_groups"][0]["sampler"]
-        expected = self._sampler_dict()
-        if not isinstance(sampler, dict) or set(sampler) != set(expected):
-            raise ValueError(f"state_dict: 'sampler' must be a dict with the entries {sorted(expected)}")
-        mine, theirs = expected["configuration"], sampler["configuration"]
-        different = [key for key in mine if mine[key] != theirs.get(key)]
-        if different:
-            raise ValueError(
-                "state_dict was saved with other settings: "
-                + "; ".join(f"{key} was {theirs.get(key)!r}, is {mine[key]!r}" for key in different)
-            )
-        if set(sampler["constants"]) != set(expected["constants"]) or sampler["phase"] not in (
-            EXPLORE,
-            FINETUNE,
-        ):
-            raise ValueError("state_dict: 'sampler' is not from this version of CTLD")
-        validation.integer("state_dict: seed", sampler["seed"], 0, 2**64)
-        self._sampler.check_fits(sampler["tensors"])
-        keys = [key for g in state_dict["param_groups"] for key in g["params"]]
-        momenta = [state_dict["state"].get(key, {}).get("momentum_buffer") for key in keys]
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        for p, momentum in zip(parameters, momenta, strict=True):
-            if momentum is not None and momentum.shape != p.shape:
-                raise ValueError(
-                    f"state_dict has a momentum of shape {tuple(momentum.shape)} for a parameter of shape "
-                    f"{tuple(p.shape)}"
-                )
-        return momenta
-
-    def _load_sampler(self, sampler: dict[str, Any]) -> None:
-        self._noted = NotedLosses()
-        self._sampler.restore(sampler["tensors"])
-        self._constants = TemperingConstants(**sampler["constants"])
-        if self.tempering is not None:
-            self.tempering = dataclasses.replace(self.tempering, energy_noise=self._constants.energy_noise)
-        self._dimension = sampler["dimension"]
-        self._progress = Progress(sampler["phase"], sampler["explored"])
-        self.seed = sampler["seed"]
-        self._forget_derived()
+        persistence.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         traced.collect(self)
-        return super().__getstate__() | {
-            "_ctld": {
-                "settings": {
-                    name: getattr(self, name)
-                    for name in (
-                        "num_data",
-                        "temperature",
-                        "integrator",
-                        "tempering",
-                        "explore_steps",
-                        "chains",
-                        "stochastic_rounding",
-                        "momentum_dtype",
-                        "thermostat",
-                        "_history_steps",
-                    )
-                },
-                # a process group belongs to its processes
-                "process_group": None if self.process_group is None else "auto",
-                "backend": self._backend_name,
-                "sampler": self._sampler_dict(),
-            }
-        }
+        return super().__getstate__() | {"_ctld": persistence.pickled(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = state.get("_ctld")
         super().__setstate__({key: value for key, value in state.items() if key != "_ctld"})
-        if own is None:  # called by the base class's load_state_dict
-            return
-        self.__dict__.update(own["settings"])
-        self._backend_name = own["backend"]
-        self.process_group = own["process_group"]
-        tensors = own["sampler"]["tensors"]
-        bins = tensors["visits"].numel()
-        self._sampler = self._initial_state(bins)
-        self._load_sampler(own["sampler"])
+        if own is not None:  # else called by the base class's load_state_dict
+            persistence.unpickle(self, own)

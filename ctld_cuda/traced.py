@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import operators, reference, validation
+from .coefficients import first_unit, of_exploring, of_finetuning
 from .layout import FlatTensor, in_memory_order
-from .reference import explore_coefficients, finetune_coefficients, momentum_unit
 from .state import EXPLORE
 
 if TYPE_CHECKING:
@@ -226,36 +226,26 @@ def _reference(
     ]
     if not exploring:
         coefficients = []
-        for group, known, (lr, momentum, weight_decay) in zip(graph.groups, constants, hypers, strict=True):
+        for group, known, hyper in zip(graph.groups, constants, hypers, strict=True):
             unit = known["momentum_unit"]
             if not unit:  # the first step of this phase
-                unit = momentum_unit(known["last_lr"] or float(lr) or 1.0, momentum, settings.num_data)
+                unit = first_unit(known["last_lr"], hyper[0], hyper[1], settings.num_data)
                 group["momentum_unit"] = unit
-            coefficients.append(
-                finetune_coefficients(
-                    lr=lr,
-                    momentum=momentum,
-                    weight_decay=weight_decay,
-                    unit=unit,
-                    maximize=group["maximize"],
-                )
-            )
+            coefficients.append(of_finetuning(*hyper, group["maximize"], unit=unit))
         kept = None if energy is None else reference.loss_energy(energy, c)
         reference.finetune(flats, coefficients, state, settings, energy=kept)
     elif moving:
         coefficients = []
-        for group, (lr, momentum, weight_decay) in zip(graph.groups, hypers, strict=True):
-            if lr > 0:
-                group["last_lr"] = lr
+        for group, hyper in zip(graph.groups, hypers, strict=True):
+            if hyper[0] > 0:
+                group["last_lr"] = hyper[0]
             coefficients.append(
-                explore_coefficients(
+                of_exploring(
                     settings.integrator,
-                    lr=lr,
-                    momentum=momentum,
-                    weight_decay=weight_decay,
+                    *hyper,
+                    group["maximize"],
                     num_data=settings.num_data,
-                    c=c,
-                    maximize=group["maximize"],
+                    constants=c,
                 )
             )
         if c.bins:

@@ -115,7 +115,7 @@ def test_one_tile_object_per_instruction_set(setup_py, machine, instruction_sets
         assert f"-DCTLD_ISA={name}\n" in text
     link = next(line for line in text.splitlines() if line.startswith("build _C.so"))
     tile_objects = [f"cpu_tile.{name}.o" for name in instruction_sets]
-    assert link.split()[3:] == ["module.o", "bind_cpu.o", "cpu.o", *tile_objects]
+    assert link.split()[3:] == ["module.o", "bind_cpu.o", "bind_look.o", "cpu.o", *tile_objects]
 
 
 def test_flags_keep_the_arithmetic_exact_and_the_binary_portable(setup_py):

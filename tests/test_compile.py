@@ -11,7 +11,7 @@ from conftest import require
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ctld_cuda import CTLD, Metadynamics, Tempering
-from ctld_cuda.operators import Plan, _caches
+from ctld_cuda.operators import Cache, Plan, _caches
 
 SHAPES = [(4, 3), (37,), (5,)]
 MOVING = Tempering(step_size=0.1)
@@ -590,6 +590,17 @@ def test_a_plan_survives_as_text():
     plan = Plan.parse(optimizer._graph.plan)
     assert plan.settings == optimizer._settings and plan.constants == optimizer._constants
     assert Plan.parse(plan.text()) == plan
+
+
+def test_a_cache_is_for_its_own_tensors_only():
+    own, copies = [torch.zeros(3)], [torch.zeros(3)]
+    cache = Cache()
+    cache.of(own)
+    kept = Cache.find(cache.name, own, "plan", object)
+    assert Cache.find(cache.name, copies, "plan", object) is not kept
+    assert Cache.find(cache.name, own, "plan", object) is kept
+    assert Cache.find(cache.name, own, "another plan", object) is not kept
+    assert Cache.find("", own, "plan", object) is not Cache.find("", own, "plan", object)
 
 
 def test_an_operator_refuses_another_layout():

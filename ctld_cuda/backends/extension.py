@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import Found, Slot
+from ..inspection import Found, Usual, UsualOneByOne
+from ..layout import Slot
 from ..reference import Settings
 from ..state import State
 from ..tempering import ADAPTIVE, FULL, STANDARDIZED, TemperingConstants
@@ -58,6 +59,13 @@ def plan_arguments(
     options = settings.seed, settings.stochastic_rounding, settings.group_elements, settings.partial_sums
     history = state.history.shape[0], settings.kinetic_unit
     return infos, chains, numbers, state.addresses(), *options, *history
+
+
+def usual_of(parameters: list[torch.Tensor]) -> Usual:
+    """The fastest way to look at parameters and their gradients."""
+    if _C is None or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return UsualOneByOne(parameters)
+    return _C.Usual(parameters, torch.Tensor)
 
 
 def address_of(number: torch.Tensor | None) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..layout import Found, Slot
+from ..inspection import Found
+from ..layout import Slot
 from ..reference import Coefficients, Settings
 from ..state import State
 from ..tempering import TemperingConstants
@@ -45,11 +46,6 @@ class StepInputs(NamedTuple):
     loss: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-
-
-def without_rate(coefficients: Coefficients, maximize: bool) -> Coefficients:
-    """Coefficients of a group whose learning rate the device reads: only the sign of the gradient is left."""
-    return coefficients._replace(gradient=-1.0 if maximize else 1.0, drift=0.0)
 
 
 class Backend(Protocol):

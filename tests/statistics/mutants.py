@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for laws.py, whe
 import checks
 from laws import BOUND, PLAIN, WITH_PRIOR, Harmonic, worst
 
-import ctld_cuda.optimizer
+import ctld_cuda.coefficients
 from ctld_cuda import reference
 
 BACKEND = "reference"
@@ -81,7 +81,7 @@ def coefficients(change, noticed_by):
 
         return changed
 
-    return Mutant("explore_coefficients", make, noticed_by, ctld_cuda.optimizer)
+    return Mutant("explore_coefficients", make, noticed_by, ctld_cuda.coefficients)
 
 
 def noise(scale, noticed_by):

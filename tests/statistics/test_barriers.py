@@ -19,7 +19,7 @@ from common import differing, snapshot
 from laws import BOUND, check, repeat, too_large
 from targets import DoubleWell, Funnel, Grid, Mixture, Ring, Target, among, midpoints, ratio
 
-import ctld_cuda.optimizer
+import ctld_cuda.coefficients
 from ctld_cuda import CTLD, Tempering, reference
 from ctld_cuda.reference import temper_scale
 from ctld_cuda.state import KINETIC_SATURATED
@@ -232,7 +232,7 @@ def test_broken_samplers_are_noticed(monkeypatch, compiled, broken, seed):
     case, target = CASES["double well"], DoubleWell()
     sign, steps, discard = "left", 6_000, case.discard
     if broken == "noise":
-        monkeypatch.setattr(ctld_cuda.optimizer, "explore_coefficients", hotter)
+        monkeypatch.setattr(ctld_cuda.coefficients, "explore_coefficients", hotter)
         sign, steps, discard = "y_square", 1_500, 500
     else:
         target = QuarterFelt()

@@ -21,7 +21,7 @@ import torch
 from laws import BOUND, check, repeat
 from targets import among
 
-import ctld_cuda.optimizer
+import ctld_cuda.coefficients
 from ctld_cuda import CTLD, reference
 
 datasets = pytest.importorskip("sklearn.datasets")
@@ -546,7 +546,7 @@ def hotter(integrator, **rest):
 
 
 def test_hotter_noise_is_noticed(monkeypatch, compiled, seed):
-    monkeypatch.setattr(ctld_cuda.optimizer, "explore_coefficients", hotter)
+    monkeypatch.setattr(ctld_cuda.coefficients, "explore_coefficients", hotter)
     model = Linear()
     size = model.num_data
     chains = Chains(model, [size], 200, **LINEAR, integrator="baoab", seed=seed, backend=compiled)
