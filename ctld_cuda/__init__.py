@@ -3,6 +3,7 @@
 from .backends import backend_info
 from .optimizer import CTLD
 from .posterior import Draws, PosteriorSamples
+from .recipe import suggest_temperature
 from .schedules import explore_then_finetune
 from .tempering import AdaptiveForce, Metadynamics, Tempering
 
@@ -15,5 +16,6 @@ __all__ = [
     "Tempering",
     "backend_info",
     "explore_then_finetune",
+    "suggest_temperature",
 ]
 __version__ = "0.1.0"

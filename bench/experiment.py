@@ -1,0 +1,145 @@
+"""Does the method help in training? One task's whole study: tuning, fresh seeds, ablation, landscape, report.
+
+    python bench/experiment.py autoencoder           # two CPU cores: an hour
+    python bench/experiment.py text --full --device cuda --text enwik8
+    python bench/experiment.py autoencoder --quick   # whether it works: seconds
+
+Every run is kept in bench/results/experiments as it ends, so the same command goes on after an interruption,
+and does nothing but write docs/results again when all is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from experiments import ablation, recipe, report, study, tasks
+from experiments.data import DataError
+from experiments.ledger import Ledger
+from experiments.methods import METHODS, Setting
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("seeds", "ablation", "landscape")
+# of the metrics in the tables, with their digits; the first is what is compared
+METRICS = {
+    "autoencoder": {"cross_entropy": 2, "early_cross_entropy": 2, "loss": 2},
+    "text": {"bits": 4, "early_bits": 4, "loss": 3},
+    "labels": {
+        "nll": 4,
+        "early_nll": 4,
+        "average_nll": 4,
+        "accuracy": 4,
+        "average_accuracy": 4,
+        "ece": 4,
+        "average_ece": 4,
+    },
+}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("task", choices=tasks.NAMES)
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="cpu")
+    sizes.add_argument("--full", dest="size", action="store_const", const="full", help="for a GPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one alone")
+    parser.add_argument("--text", type=Path, help="a file for the text task, instead of the King James Bible")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "experiments")
+    parser.add_argument("--pages", type=Path, default=ROOT / "docs" / "results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    size = options.size
+    try:
+        ledger = Ledger(options.results / f"{options.task}.{size}.jsonl")
+        work = study.Study(options.task, size, ledger, options.workers, options.text, options.device)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    options.pages.mkdir(parents=True, exist_ok=True)
+    page = Page(options, work)
+    chosen = page.tuning()
+    if "seeds" in options.parts:
+        page.seeds(chosen)
+    if "ablation" in options.parts:
+        page.ablation(chosen)
+    if "landscape" in options.parts:
+        page.landscape(chosen)
+    page.write()
+    return 0
+
+
+class Page:
+    """The page of a study, and the runs that it needs."""
+
+    def __init__(self, options: argparse.Namespace, work: study.Study) -> None:
+        self._work = work
+        self._size = options.size
+        self._task = tasks.make(options.task, options.size, options.text)
+        self._metrics = METRICS[options.task.split("-")[0]]
+        self._digits = next(iter(self._metrics.values()))
+        self._name = options.task + ("" if options.size == "cpu" else f"-{options.size}")
+        self._pages = options.pages
+        flag = "" if options.size == "cpu" else f" --{options.size}"
+        command = f"python bench/experiment.py {options.task}{flag}"
+        self._sections = [f"# {options.task}: {options.size}\n\n`{command}` writes this page.\n"]
+
+    def tuning(self) -> dict[str, study.Chosen]:
+        chosen = self._work.tune()
+        self._trials = report.trials_table(chosen, self._digits)
+        return chosen
+
+    def _settings(self, chosen: dict[str, study.Chosen]) -> dict[str, ablation.Run]:
+        tuned = {METHODS[name].label: (name, found.setting) for name, found in chosen.items()}
+        return {"CTLD, recipe": ("ctld", self._recipe(chosen))} | tuned
+
+    def _recipe(self, chosen: dict[str, study.Chosen]) -> Setting:
+        sgd = chosen["sgd"]
+        return recipe.setting(self._task, sgd.setting, sgd.loss)
+
+    def seeds(self, chosen: dict[str, study.Chosen]) -> None:
+        settings = self._settings(chosen)
+        results = self._work.fresh(settings, study.SEEDS[self._size])
+        table = report.main_table(
+            settings, results, self._metrics, self._work.judged_by, "CTLD, recipe", self._task.steps
+        )
+        self._sections += [
+            f"## Tuned with {study.TRIALS[self._size]} trials each, then {study.SEEDS[self._size]} seeds\n",
+            f"Test, {self._task.unit} ({self._task.metric.replace('_', ' ')}), mean ± standard error.\n",
+            table,
+            "### Trials\n",
+            self._trials,
+        ]
+
+    def ablation(self, chosen: dict[str, study.Chosen]) -> None:
+        self._sections.append("## What does the work\n")
+        figures = ablation.figures(self._recipe(chosen))
+        for name, figure in figures.items():
+            results = self._work.curves(figure, study.ABLATION_SEEDS[self._size])
+            path = self._pages / f"{self._name}-{name}.png"
+            report.draw(figure, results, self._task, path)
+            self._sections += [
+                f"### {figure.title}\n",
+                f"![{figure.title}]({path.name})\n",
+                report.figure_table(figure, results, self._task, self._digits),
+            ]
+
+    def landscape(self, chosen: dict[str, study.Chosen]) -> None:
+        settings = self._settings(chosen)
+        results = self._work.fresh(settings, study.LANDSCAPE_SEEDS[self._size], "landscape")
+        self._sections += ["## Where they end\n", report.landscape_table(results)]
+
+    def write(self) -> None:
+        (self._pages / f"{self._name}.md").write_text("\n".join(self._sections))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Tables and figures of a study, in docs/results; what is written depends on the ledger alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .ablation import Figure, Run
+from .ledger import Result
+from .methods import METHODS
+from .study import Chosen
+from .tasks import Task
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error; NaN for one value."""
+    if not all(map(math.isfinite, values)):
+        return math.inf, math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    mean, error = mean_and_error(values)
+    return "diverged" if math.isinf(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def paired(values: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Differences, seed by seed: the same seed means the same initial weights and minibatches."""
+    return [a - b for a, b in zip(values, reference, strict=True)]
+
+
+def column(results: Sequence[Result], metric: str) -> list[float]:
+    return [result.get(metric, math.inf) for result in results]
+
+
+def main_table(
+    settings: dict[str, Run],
+    results: dict[str, list[Result]],
+    metrics: dict[str, int],
+    judged_by: Callable[[str], str],
+    reference: str,
+    steps: int,
+) -> str:
+    """A row per label: setting, each metric, the paired difference to ``reference``, time.
+
+    ``metrics``: names and digits; where a method has no such metric, the cell is empty. ``judged_by``: which
+    of them is compared, by the method's name.
+    """
+    digits = next(iter(metrics.values()))
+    names = [name.replace("_", " ") for name in metrics]
+    head = ["", "setting", *names, f"minus {reference}", "seconds"]
+    lines = [_row(head), _row(["---", "---", *["---:"] * (len(names) + 2)])]
+    own = column(results[reference], judged_by(settings[reference][0]))
+    for label, (method, setting) in settings.items():
+        rows = results[label]
+        cells = [label, str(setting)]
+        cells += [
+            _cell(column(rows, name), d) if any(name in r for r in rows) else ""
+            for name, d in metrics.items()
+        ]
+        values = column(rows, judged_by(method))
+        cells.append("" if label == reference else _cell(paired(values, own), digits))
+        cells.append(f"{statistics.fmean(column(rows, 'seconds')):.0f}")
+        lines.append(_row(cells))
+    return "\n".join(lines) + f"\n\nEvery run has {steps:,} gradient evaluations.\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def trials_table(chosen: dict[str, Chosen], digits: int) -> str:
+    lines = [_row(["method", "trials: setting, validation"]), _row(["---", "---"])]
+    for name, found in chosen.items():
+        trials = "; ".join(f"{setting}: {value:.{digits}f}" for setting, value in found.trials)
+        lines.append(_row([METHODS[name].label, trials]))
+    return "\n".join(lines) + "\n"
+
+
+def landscape_table(results: dict[str, list[Result]]) -> str:
+    names = {"largest_eigenvalue": 1, "trace": 0, "barrier": 2, "norm": 1, "distance": 1, "loss": 2}
+    lines = [_row(["", *(name.replace("_", " ") for name in names)]), _row(["---", *["---:"] * len(names)])]
+    for label, rows in results.items():
+        lines.append(_row([label, *(_cell(column(rows, name), digits) for name, digits in names.items())]))
+    return "\n".join(lines) + "\n"
+
+
+def draw(figure: Figure, results: dict[str, list[list[Result]]], task: Task, path: Path) -> None:
+    """A curve per series: means and standard errors of the task's metric."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(5.5, 3.5), layout="constrained")
+    axes = canvas.subplots()
+    for label, points in figure.series.items():
+        places = list(points)
+        found = [mean_and_error(column(rows, task.metric)) for rows in results[label]]
+        means = [m if math.isfinite(m) else math.nan for m, _ in found]
+        errors = [e if math.isfinite(e) else 0.0 for _, e in found]
+        axes.errorbar(
+            places if figure.axis else [str(place) for place in places],
+            means,
+            errors,
+            marker="o",
+            linestyle="-" if figure.axis else "none",
+            label=label,
+        )
+    if figure.logarithmic:
+        axes.set_xscale("log")
+    axes.set(title=figure.title, xlabel=figure.axis, ylabel=f"test, {task.unit}")
+    if len(figure.series) > 1:
+        axes.legend()
+    canvas.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def figure_table(figure: Figure, results: dict[str, list[list[Result]]], task: Task, digits: int) -> str:
+    lines = [
+        _row(["", figure.axis or "variant", f"{task.metric.replace('_', ' ')}"]),
+        _row(["---", "---:", "---:"]),
+    ]
+    for label, points in figure.series.items():
+        for place, rows in zip(points, results[label], strict=True):
+            name = f"{place:g}" if isinstance(place, float) else place
+            lines.append(_row([label, name, _cell(column(rows, task.metric), digits)]))
+    return "\n".join(lines) + "\n"

