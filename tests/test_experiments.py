@@ -301,7 +301,9 @@ def test_a_quick_study(tmp_path, name):
     assert experiment.main([*arguments, *folders]) == 0
     runs = (tmp_path / "results" / f"{name}.quick.jsonl").read_text()
     page = (tmp_path / "pages" / f"{name}-quick.md").read_text()
-    assert "diverged" not in page and "SGD, momentum" in page and "CTLD, recipe" in page
+    if name == "text":
+        assert "none" not in page
+    assert "SGD, momentum" in page and "CTLD, recipe" in page
     # all is there: nothing is run, the page is the same
     assert experiment.main([*arguments, *folders]) == 0
     assert (tmp_path / "results" / f"{name}.quick.jsonl").read_text() == runs

@@ -13,6 +13,9 @@ from .methods import METHODS
 from .study import Chosen
 from .tasks import Task
 
+# where some run diverged, or gave no draw to average
+_NONE = "none"
+
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and its standard error; NaN for one value."""
@@ -24,7 +27,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def _cell(values: Sequence[float], digits: int) -> str:
     mean, error = mean_and_error(values)
-    return "diverged" if math.isinf(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+    return _NONE if math.isinf(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def paired(values: Sequence[float], reference: Sequence[float]) -> list[float]:
@@ -65,7 +68,10 @@ def main_table(
         cells.append("" if label == reference else _cell(paired(values, own), digits))
         cells.append(f"{statistics.fmean(column(rows, 'seconds')):.0f}")
         lines.append(_row(cells))
-    return "\n".join(lines) + f"\n\nEvery run has {steps:,} gradient evaluations.\n"
+    remark = f"Every run has {steps:,} gradient evaluations."
+    if any(_NONE in line for line in lines):
+        remark += f' "{_NONE}": a run diverged, or gave no draw to average.'
+    return "\n".join([*lines, "", remark, ""])
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -21,6 +21,8 @@ TRIALS = {"quick": 2, "cpu": 12, "full": 12}
 SEEDS = {"quick": 2, "cpu": 5, "full": 5}
 ABLATION_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
 LANDSCAPE_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
+# minibatches that make the landscape, products for the trace of its Hessian
+LANDSCAPE_EFFORT = {"quick": (2, 4), "cpu": (10, 30), "full": (20, 100)}
 TUNING_SEED = 0
 _FACTOR = 10.0**0.5
 
@@ -130,6 +132,7 @@ class Execute:
     def __init__(self, task: str, size: tasks.Size, text: Path | None, device: str) -> None:
         self._arguments = (task, size, text)
         self._device = device
+        self._effort = LANDSCAPE_EFFORT[size]
         made = _made(*self._arguments)
         self.metric, self.averages = made.metric, made.averages
         self.rate, self.weight_decay = made.rate, made.weight_decay
@@ -139,7 +142,7 @@ class Execute:
         setting = Setting(**request["setting"])
         method, seed, part = request["method"], request["seed"], request["part"]
         if part == "landscape":
-            return training.surroundings(task, method, setting, seed, self._device)
+            return training.surroundings(task, method, setting, seed, *self._effort, self._device)
         return training.run(task, method, setting, seed, part, self._device).metrics
 
 

@@ -89,7 +89,7 @@ class Autoencoder(Task):
     metric, unit = "cross_entropy", "nats per image"
     rate = 0.03
     SIZES: ClassVar[dict[Size, tuple[tuple[int, ...], int]]] = {
-        "quick": ((784, 32, 8), 40),
+        "quick": ((784, 32, 8), 20),
         "cpu": ((784, 256, 128, 32), 4000),
         "full": ((784, 1000, 500, 250, 30), 60_000),
     }
@@ -105,7 +105,9 @@ class Autoencoder(Task):
             data.mnist().pixels if images == "mnist" else torch.cat([i.pixels for i in data.fashion_mnist()])
         )
         train, validation, test = pixels.split(self.SPLITS[images])
-        self._train = train[:500] if size == "quick" else train
+        if size == "quick":
+            train, validation, test = train[:500], validation[:100], test[:100]
+        self._train = train
         self.num_data = len(self._train)
         generator = torch.Generator().manual_seed(_CORRUPTION_SEED)
         self._held_out = {
@@ -178,7 +180,7 @@ class Characters(Task):
     weight_decay = 3e-4
     # hidden units, layers, characters of the text, steps
     SIZES: ClassVar[dict[Size, tuple[int, int, int | None, int]]] = {
-        "quick": (16, 1, 20_000, 40),
+        "quick": (16, 1, 20_000, 20),
         "cpu": (128, 1, 100_000, 1500),
         "full": (512, 2, None, 40_000),
     }
@@ -269,7 +271,7 @@ class Labels(Task):
     averages = True
     # training images, width, steps
     SIZES: ClassVar[dict[Size, tuple[int, int, int]]] = {
-        "quick": (500, 16, 40),
+        "quick": (500, 16, 100),
         "cpu": (4000, 64, 4000),
         "full": (55_000, 200, 40_000),
     }
@@ -286,9 +288,10 @@ class Labels(Task):
         self._train = pixels[:count], labels[:count]
         self.num_data = count
         normalized = (test.pixels - train.pixels.mean()) / train.pixels.std()
+        held_out = 500 if size == "quick" else 5000
         self._held_out = {
-            "validation": (pixels[-5000:], labels[-5000:]),
-            "test": (normalized, test.labels),
+            "validation": (pixels[-held_out:], labels[-held_out:]),
+            "test": (normalized[: 2 * held_out], test.labels[: 2 * held_out]),
         }
 
     def model(self, seed: int) -> nn.Module:

@@ -19,8 +19,7 @@ from .tasks import Part, Task
 CHECKS = 20  # of the validation data during a run, for stopping early
 _END = 0.05  # of the run, over which the training loss is averaged
 DIVERGED = 20.0  # times the initial loss
-# the landscape is that of the mean loss of so many minibatches, the same for all
-_LANDSCAPE_SEED, _LANDSCAPE_BATCHES, _PROBES = 2017, 10, 30
+_LANDSCAPE_SEED = 2017  # of the minibatches whose mean loss is the landscape, the same for all
 PARTNER = 1000  # added to a seed for the other end of a barrier
 
 
@@ -122,16 +121,25 @@ def run(task: Task, method: str, setting: Setting, seed: int, part: Part, device
 
 
 def surroundings(
-    task: Task, method: str, setting: Setting, seed: int, device: str = "cpu"
+    task: Task,
+    method: str,
+    setting: Setting,
+    seed: int,
+    batches: int,
+    probes: int,
+    device: str = "cpu",
 ) -> dict[str, float]:
-    """Sharpness of two minima, from ``seed`` and its partner, and the barrier between them."""
+    """Sharpness of the minimum found from ``seed``, and the barrier to that found from the seed's partner.
+
+    The loss is the mean over ``batches`` minibatches; the trace is estimated from ``probes`` products.
+    """
     models = [run(task, method, setting, s, "test", device) for s in (seed, seed + PARTNER)]
-    seen = list(itertools.islice(task.batches(_LANDSCAPE_SEED), _LANDSCAPE_BATCHES))
+    seen = list(itertools.islice(task.batches(_LANDSCAPE_SEED), batches))
 
     def loss(model: nn.Module) -> Tensor:
         return torch.stack([task.loss(model, batch) for batch in seen]).mean()
 
-    found = landscape.sharpness(models[0].model, loss, _PROBES, seed)
+    found = landscape.sharpness(models[0].model, loss, probes, seed)
     ends = tuple(parameters_to_vector(o.model.parameters()).detach() for o in models)
     return models[0].metrics | {
         "largest_eigenvalue": found.largest,
