@@ -21,6 +21,7 @@ from experiments.ledger import Ledger
 from experiments.methods import METHODS, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "CTLD, recipe"
 PARTS = ("seeds", "ablation", "landscape")
 # of the metrics in the tables, with their digits; the first is what is compared
 METRICS = {
@@ -99,7 +100,7 @@ class Page:
 
     def _settings(self, chosen: dict[str, study.Chosen]) -> dict[str, ablation.Run]:
         tuned = {METHODS[name].label: (name, found.setting) for name, found in chosen.items()}
-        return {"CTLD, recipe": ("ctld", self._recipe(chosen))} | tuned
+        return {RECIPE: ("ctld", self._recipe(chosen))} | tuned
 
     def _recipe(self, chosen: dict[str, study.Chosen]) -> Setting:
         sgd = chosen["sgd"]
@@ -109,7 +110,7 @@ class Page:
         settings = self._settings(chosen)
         results = self._work.fresh(settings, study.SEEDS[self._size])
         table = report.main_table(
-            settings, results, self._metrics, self._work.judged_by, "CTLD, recipe", self._task.steps
+            settings, results, self._metrics, self._work.judged_by, RECIPE, self._task.steps
         )
         self._sections += [
             f"## Tuned with {study.TRIALS[self._size]} trials each, then {study.SEEDS[self._size]} seeds\n",
@@ -133,7 +134,11 @@ class Page:
             ]
 
     def landscape(self, chosen: dict[str, study.Chosen]) -> None:
-        settings = self._settings(chosen)
+        settings = {
+            label: run
+            for label, run in self._settings(chosen).items()
+            if label == RECIPE or run[0] in study.LANDSCAPE_METHODS
+        }
         results = self._work.fresh(settings, study.LANDSCAPE_SEEDS[self._size], "landscape")
         self._sections += ["## Where they end\n", report.landscape_table(results)]
 

@@ -28,6 +28,7 @@ class Figure:
 
 TEMPERATURES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RANGES = (2.0, 3.0, 10.0, 30.0, 100.0)
+SPEEDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 EXPLORED = (0.0, 0.1, 0.3, 0.6, 0.9)
 
 
@@ -55,6 +56,12 @@ def figures(base: Setting) -> dict[str, Figure]:
             "max_temperature, in T0",
             True,
             {"CTLD": {1.0: ("sghmc", constant)} | {hot: moving(temperature, hot) for hot in RANGES}},
+        ),
+        "speed": Figure(
+            "How fast the temperature moves",
+            "time step of alpha",
+            True,
+            {"CTLD": {x: ("ctld", _with(base, step_size=x)) for x in SPEEDS}},
         ),
         "explore": Figure(
             "Share of the steps with noise and constant learning rate",

@@ -292,7 +292,7 @@ METHODS = {
     # without momentum steps are 1/(1 - MOMENTUM) times smaller
     "sgld": Method("SGLD", _sgld, Setting(10.0, TEMPERATURE)),
     "sgd": Method("SGD, momentum", _plain(torch.optim.SGD, momentum=MOMENTUM), Setting(1.0)),
-    "adam": Method("Adam", _plain(torch.optim.Adam), Setting(0.003), relative=False),
+    "adam": Method("Adam", _plain(torch.optim.Adam), Setting(0.003), False, 0.1),
     "adamw": Method("AdamW", _plain(torch.optim.AdamW), Setting(0.003, weight_decay=0.01), False, 100.0),
-    "rmsprop": Method("RMSprop", _plain(torch.optim.RMSprop), Setting(0.001), relative=False),
+    "rmsprop": Method("RMSprop", _plain(torch.optim.RMSprop), Setting(0.001), False, 0.1),
 }

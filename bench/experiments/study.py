@@ -21,6 +21,8 @@ TRIALS = {"quick": 2, "cpu": 12, "full": 12}
 SEEDS = {"quick": 2, "cpu": 5, "full": 5}
 ABLATION_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
 LANDSCAPE_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
+# of those that fine-tune, beside the recipe
+LANDSCAPE_METHODS = ("sghmc", "sgd", "adam")
 # minibatches that make the landscape, products for the trace of its Hessian
 LANDSCAPE_EFFORT = {"quick": (2, 4), "cpu": (10, 30), "full": (20, 100)}
 TUNING_SEED = 0
