@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ctld_cuda import Tempering
+from ctld_cuda.tempering import default_step_size
+
 from .methods import BIASES, Setting
 
 # of a run: method and setting
@@ -30,6 +33,8 @@ TEMPERATURES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RANGES = (2.0, 3.0, 10.0, 30.0, 100.0)
 SPEEDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 EXPLORED = (0.0, 0.1, 0.3, 0.6, 0.9)
+UNCOUPLED = 1e-9  # nats per standard deviation of the energy
+_DEFAULTS = Tempering()
 
 
 def figures(base: Setting) -> dict[str, Figure]:
@@ -37,8 +42,7 @@ def figures(base: Setting) -> dict[str, Figure]:
     constant = replace(base, tempering=None)
 
     def moving(temperature: float, hottest: float) -> Run:
-        tempering = {**(base.tempering or {}), "max_temperature": hottest}
-        return "ctld", replace(base, temperature=temperature, tempering=tempering)
+        return "ctld", replace(_with(base, max_temperature=hottest), temperature=temperature)
 
     temperature = base.temperature or 0.0
     found = {
@@ -82,7 +86,10 @@ def figures(base: Setting) -> dict[str, Figure]:
             },
         ),
         "bias": Figure(
-            "Bias on alpha", "", False, {"CTLD": {name: ("ctld", _with(base, bias=name)) for name in BIASES}}
+            "Bias on alpha; the mean energy is subtracted in any case",
+            "",
+            False,
+            {"CTLD": {name: ("ctld", _with(base, bias=name)) for name in BIASES}},
         ),
         "thermostat": Figure(
             "Thermostat that absorbs the minibatches' heat",
@@ -103,5 +110,17 @@ def figures(base: Setting) -> dict[str, Figure]:
     return found
 
 
-def _with(setting: Setting, **tempering: object) -> Setting:
-    return replace(setting, tempering={**(setting.tempering or {}), **tempering})
+def _with(setting: Setting, **changes: object) -> Setting:
+    """A default is left out, so that the run is the same as the base's."""
+    tempering = {**(setting.tempering or {}), **changes}
+    return replace(
+        setting, tempering={name: value for name, value in tempering.items() if value != _default(name)}
+    )
+
+
+def _default(name: str) -> object:
+    if name == "bias":
+        return next(iter(BIASES))
+    if name == "step_size":
+        return default_step_size(_DEFAULTS, 1)
+    return getattr(_DEFAULTS, name)

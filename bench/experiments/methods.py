@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, Tempering
+from ctld_cuda import CTLD, AdaptiveForce, Tempering
 
 Tensor = torch.Tensor
 
 MOMENTUM = 0.9
 BIASES = {
-    "force and hills": AdaptiveForce(),
-    "force": AdaptiveForce(residual=None),
-    "hills": Metadynamics(),
+    "hills": AdaptiveForce(),
+    "no hills": AdaptiveForce(residual=None),
 }
 
 
@@ -227,7 +226,7 @@ def _ctld(setting: Setting, parameters: list[Tensor], num_data: int, steps: int,
     tempering = None
     if setting.tempering is not None:
         options = dict(setting.tempering)
-        options["bias"] = BIASES[options.get("bias", "force and hills")]
+        options["bias"] = BIASES[options.get("bias", "hills")]
         tempering = Tempering(**options)
     optimizer = CTLD(
         parameters,

@@ -263,22 +263,26 @@ def _network(kind: str, width: int) -> nn.Module:
 
 
 class Labels(Task):
-    """Fashion-MNIST with a share of permuted labels in training and validation; clean ones in the test."""
+    """Fashion-MNIST, a share of whose labels was permuted, those of the held-out images too.
+
+    Likelihood and calibration are about such labels: a model that learned how often a label is wrong is right
+    to say so. The accuracy, and what begins with ``clean_``, is about the true ones.
+    """
 
     metric, unit = "nll", "nats per image"
     rate = 0.03
     weight_decay = 3e-3
     averages = True
     # training images, width, steps
-    SIZES: ClassVar[dict[Size, tuple[int, int, int]]] = {
-        "quick": (500, 16, 100),
-        "cpu": (4000, 64, 4000),
-        "full": (55_000, 200, 40_000),
+    SIZES: ClassVar[dict[Size, dict[str, tuple[int, int, int]]]] = {
+        "quick": dict.fromkeys(("mlp", "cnn", "lstm"), (500, 16, 100)),
+        "cpu": {"mlp": (4000, 64, 4000), "cnn": (2000, 32, 2000), "lstm": (2000, 32, 2000)},
+        "full": dict.fromkeys(("mlp", "cnn", "lstm"), (55_000, 200, 40_000)),
     }
 
     def __init__(self, size: Size, network: str, permuted: float, batch: int = 100) -> None:
         self.name = f"labels-{network}-{round(100 * permuted)}"
-        count, self._width, self.steps = self.SIZES[size]
+        count, self._width, self.steps = self.SIZES[size][network]
         self._network, self._batch = network, batch
         train, test = data.fashion_mnist()
         generator = torch.Generator().manual_seed(_CORRUPTION_SEED)
@@ -289,9 +293,11 @@ class Labels(Task):
         self.num_data = count
         normalized = (test.pixels - train.pixels.mean()) / train.pixels.std()
         held_out = 500 if size == "quick" else 5000
+        wrong = _permuted(test.labels, permuted, generator)
+        # pixels, labels, true labels
         self._held_out = {
-            "validation": (pixels[-held_out:], labels[-held_out:]),
-            "test": (normalized[: 2 * held_out], test.labels[: 2 * held_out]),
+            "validation": (pixels[-held_out:], labels[-held_out:], train.labels[order][-held_out:]),
+            "test": tuple(part[: 2 * held_out] for part in (normalized, wrong, test.labels)),
         }
 
     def model(self, seed: int) -> nn.Module:
@@ -313,18 +319,25 @@ class Labels(Task):
     def predict(self, model: nn.Module, part: Part) -> Tensor:
         """Probabilities (n, 10) on what was held out."""
         device = next(model.parameters()).device
-        pixels, _ = self._held_out[part]
+        pixels = self._held_out[part][0]
         return torch.cat([model(some.to(device)).softmax(-1).cpu() for some in pixels.split(1000)])
 
     def scores(self, probabilities: Tensor, part: Part) -> dict[str, float]:
-        """Accuracy, negative log-likelihood and expected calibration error."""
-        labels = self._held_out[part][1]
-        chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
+        """Negative log-likelihood, expected calibration error, accuracy."""
+        _, labels, truth = self._held_out[part]
         return {
-            "nll": float(-chosen.clamp(min=1e-30).log().mean()),
-            "accuracy": float((probabilities.argmax(1) == labels).double().mean()),
+            "nll": negative_log_likelihood(probabilities, labels),
             "ece": calibration_error(probabilities, labels),
+            "accuracy": float((probabilities.argmax(1) == truth).double().mean()),
+            "clean_nll": negative_log_likelihood(probabilities, truth),
+            "clean_ece": calibration_error(probabilities, truth),
         }
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean over the data, in nats."""
+    chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
+    return float(-chosen.clamp(min=1e-30).log().mean())
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
