@@ -3,6 +3,7 @@
 from .backends import backend_info
 from .optimizer import CTLD
 from .posterior import Draws, PosteriorSamples
+from .preconditioner import RMSPreconditioner
 from .recipe import suggest_temperature
 from .schedules import explore_then_finetune
 from .tempering import AdaptiveForce, Metadynamics, Tempering
@@ -13,6 +14,7 @@ __all__ = [
     "Draws",
     "Metadynamics",
     "PosteriorSamples",
+    "RMSPreconditioner",
     "Tempering",
     "backend_info",
     "explore_then_finetune",

@@ -18,6 +18,8 @@ from .backends.interface import LiveRate, StepInputs
 from .coefficients import first_unit, of_exploring, of_finetuning
 from .inspection import Inspector
 from .layout import Slot
+from .preconditioner import Coordinates, RMSPreconditioner, check_parameters, table_dtype
+from .preconditioner import check_settings as check_preconditioner
 from .reference import (
     Coefficients,
     Settings,
@@ -84,6 +86,8 @@ class CTLD(Optimizer):
             their losses: "auto", the default process group where torch.distributed is initialized, or a
             ProcessGroup. None: this process samples on its own. DTensor parameters (FSDP2) name their ranks
             themselves.
+        preconditioner: an :class:`~ctld_cuda.RMSPreconditioner`, which gives each parameter a learning rate
+            of its own, as Adam does; ``lr`` then is Adam's times 1 - momentum. None: all have ``lr``.
         history: keep alpha, T, energy and kinetic temperature of the last so many steps on the device, for
             :meth:`history`; None: of none. 32 bytes per step and chain.
 
@@ -119,10 +123,12 @@ class CTLD(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         thermostat: bool = False,
         process_group: Any = "auto",
+        preconditioner: RMSPreconditioner | None = None,
         history: int | None = None,
     ) -> None:
         distributed.check_group(process_group)
         validation.flag("thermostat", thermostat)
+        check_preconditioner(preconditioner)
         if history is not None:
             validation.integer("history", history, 1)
         validation.rounding(stochastic_rounding, momentum_dtype)
@@ -138,6 +144,8 @@ class CTLD(Optimizer):
         self.momentum_dtype = momentum_dtype
         self.thermostat = thermostat
         self.process_group = process_group
+        self.preconditioner = preconditioner
+        self._coordinates: Coordinates | None = None
         self._history_steps = history or 0
         self._progress = Progress(EXPLORE if temperature > 0 else FINETUNE)
         self._noted = NotedLosses()
@@ -152,6 +160,7 @@ class CTLD(Optimizer):
         self._backend_name = backends.choose(backend, self._device)
         self._constants = self._resolve()
         self._sampler = self._initial_state(self._constants.bins)
+        self._coordinates = self._initial_coordinates()
 
     # ------------------------------------------------------------------------------- construction
 
@@ -173,6 +182,10 @@ class CTLD(Optimizer):
             options = {**self.defaults, **param_group}
             validation.hyper_parameters(options)
             validation.thermostat(self.thermostat, options["momentum"])
+            if self.preconditioner is not None:
+                check_parameters(list(tensors))
+                if self._sampler is not None:
+                    raise ValueError("with a preconditioner all groups must be there from the start")
             if self.tempering is not None and any(g["maximize"] != options["maximize"] for g in groups):
                 raise ValueError("with tempering all groups must agree on maximize: there is one energy")
         self._drop_graph()
@@ -188,6 +201,9 @@ class CTLD(Optimizer):
         return State.initial(
             self.chains or 1, bins, self.temperature, self._device, thermostats, self._history_steps
         )
+
+    def _initial_coordinates(self) -> Coordinates | None:
+        return None if self.preconditioner is None else Coordinates(self.preconditioner, self._device)
 
     def _trainable(self, groups: Iterable[dict[str, Any]]) -> float:
         """Trainable elements of one chain."""
@@ -213,6 +229,7 @@ class CTLD(Optimizer):
             momentum=max(momentum for _, momentum, _ in hypers),
             weight_decay=max(decay for _, _, decay in hypers),
             dimension=self._dimension,
+            preconditioned=self.preconditioner is not None,
         )
 
     def _forget_derived(self) -> None:
@@ -251,6 +268,13 @@ class CTLD(Optimizer):
                 self.state[p]["momentum_buffer"] = slot.stored_momentum()
                 self._slots.append(slot)
         self._ranks = distributed.ranks_of(self._slots, self.process_group)
+        if self.preconditioner is not None:
+            if self._ranks is not None and self._ranks.sharded:
+                raise RuntimeError("the preconditioner cannot step sharded parameters (DTensor) yet")
+            for slot in self._slots:
+                if "preconditioner" not in self.state[slot.source]:
+                    mean = torch.zeros_like(slot.source, dtype=table_dtype(slot.source), requires_grad=False)
+                    self.state[slot.source]["preconditioner"] = mean
         self._inspector = Inspector(self._slots, validation.gradient, extension.usual_of)
         elements = [max(self._trainable([group]), 1.0) for group in self.param_groups]
         self._settings = Settings(
@@ -383,10 +407,10 @@ class CTLD(Optimizer):
         inputs = StepInputs(
             found, self._coefficients(hypers, exploring), rates, energy, grad_scale, found_inf
         )
-        if not exploring:
-            self._backend.finetune(inputs)
+        if self._coordinates is None:
+            self._move(inputs, exploring, self._prior_is_stale(inputs, exploring))
         else:
-            self._explore(inputs)
+            self._move_in_coordinates(self._coordinates, inputs, exploring)
         # tells autograd that the parameters changed in place
         torch.autograd.graph.increment_version(found.parameters)
         if exploring:
@@ -445,14 +469,19 @@ class CTLD(Optimizer):
             raise RuntimeError(
                 "take at least one step before capturing a CUDA graph: the first one allocates the momenta"
             )
+        if self._coordinates is not None and self._coordinates.adapting:
+            raise RuntimeError("the preconditioner is still being learned: capture after adapt_steps steps")
         if self.phase == EXPLORE and self.explore_steps is not None:
             raise RuntimeError(
                 "explore_steps counts calls of step(), and replays of a CUDA graph are none: construct with "
                 "explore_steps=None, call finetune() when it is time, and capture again"
             )
 
-    def _explore(self, inputs: StepInputs) -> None:
-        if self._prior_of != self._prior_key(inputs):
+    def _move(self, inputs: StepInputs, exploring: bool, prior_is_stale: bool) -> None:
+        if not exploring:
+            self._backend.finetune(inputs)
+            return
+        if prior_is_stale:
             self._backend.reduce_prior_energy(inputs)
         sharded = self._ranks if self._ranks is not None and self._ranks.sharded else None
         if sharded and any(group.prior for group in inputs.groups):
@@ -464,6 +493,22 @@ class CTLD(Optimizer):
                 adapt_friction(inputs.groups, self._sampler, self._constants, self._settings)
             if self._history_steps:
                 record_kinetic(self._sampler, self._settings)
+
+    def _move_in_coordinates(self, coordinates: Coordinates, inputs: StepInputs, exploring: bool) -> None:
+        """A step of phi = theta / D; see :mod:`ctld_cuda.preconditioner`."""
+        # the prior energy is that of phi, so it changes with D; going there and back only looks like a write
+        stale = coordinates.adapting or self._prior_is_stale(inputs, exploring)
+        parameters = inputs.found.parameters
+        tables = [self.state[p] for p in parameters]
+        adapting = coordinates.adapting
+        with coordinates.entered(inputs, tables) as there:
+            self._move(there, exploring, stale)
+        if adapting and not coordinates.adapting:
+            everything = [slot.source for slot in self._slots]
+            coordinates.freeze(everything, [self.state[p] for p in everything])
+
+    def _prior_is_stale(self, inputs: StepInputs, exploring: bool) -> bool:
+        return exploring and self._prior_of != self._prior_key(inputs)
 
     def _coefficients(self, hypers: list[Hypers], exploring: bool) -> list[Coefficients]:
         """Those of all groups, worked out anew only if something they depend on has changed."""
@@ -576,7 +621,8 @@ class CTLD(Optimizer):
             return x if self.chains is not None else x[0]
 
         in_window = state.alpha.abs() <= c.flat
-        sampling = torch.full_like(in_window, self.phase == EXPLORE)
+        learned = self._coordinates is None or not self._coordinates.adapting
+        sampling = torch.full_like(in_window, self.phase == EXPLORE and learned)
         kinetic = kinetic_temperature(state, kinetic_unit(self._dimension, c))
         result = {
             "alpha": per_chain(state.alpha),

@@ -34,6 +34,7 @@ _SETTINGS = (
     "stochastic_rounding",
     "momentum_dtype",
     "thermostat",
+    "preconditioner",
     "_history_steps",
 )
 
@@ -53,12 +54,14 @@ def configuration(optimizer: CTLD) -> dict[str, Any]:
         "stochastic_rounding": optimizer.stochastic_rounding,
         "momentum_dtype": optimizer.momentum_dtype,
         "thermostat": optimizer.thermostat,
+        "preconditioner": optimizer.preconditioner and dataclasses.asdict(optimizer.preconditioner),
     }
 
 
 def sampler_dict(optimizer: CTLD) -> dict[str, Any]:
     """The state of the sampler, with what is needed to check whether it fits; its tensors are live."""
-    return {
+    coordinates = optimizer._coordinates
+    return ({"coordinates": coordinates.saved()} if coordinates else {}) | {
         "configuration": configuration(optimizer),
         "constants": dataclasses.asdict(optimizer._constants),
         "tensors": optimizer._sampler.tensors(),
@@ -72,17 +75,22 @@ def sampler_dict(optimizer: CTLD) -> dict[str, Any]:
 def load(optimizer: CTLD, state_dict: dict[str, Any]) -> None:
     """``CTLD.load_state_dict``."""
     with _hooks_run_here(optimizer, state_dict) as state_dict:
-        saved_momenta = _check_fits(optimizer, state_dict)
+        saved_momenta = _check_fits(optimizer, state_dict, "momentum_buffer")
+        saved_tables = _check_fits(optimizer, state_dict, "preconditioner")
         sampler = state_dict["param_groups"][0]["sampler"]
         optimizer._drop_graph()
         optimizer._prepare()
         live = [{name: group[name] for name in _LIVE} for group in optimizer.param_groups]
+        tables = [optimizer.state[slot.source].get("preconditioner") for slot in optimizer._slots]
         groups = [{**group, "sampler": None} for group in state_dict["param_groups"]]
         Optimizer.load_state_dict(optimizer, {**state_dict, "state": {}, "param_groups": groups})
         for slot, saved in zip(optimizer._slots, saved_momenta, strict=True):
             # in place and here, because the base class casts to the parameter's dtype
             slot.momentum.zero_() if saved is None else slot.load_momentum(saved)
             optimizer.state[slot.source]["momentum_buffer"] = slot.stored_momentum()
+        for slot, table, saved in zip(optimizer._slots, tables, saved_tables, strict=True):
+            if table is not None:
+                optimizer.state[slot.source]["preconditioner"] = _loaded(table, saved)
         for group, own in zip(optimizer.param_groups, live, strict=True):
             for name, tensor in own.items():
                 if isinstance(tensor, Tensor):
@@ -110,8 +118,19 @@ def _hooks_run_here(optimizer: CTLD, state_dict: dict[str, Any]) -> Iterator[dic
         after_hook(optimizer)
 
 
-def _check_fits(optimizer: CTLD, state_dict: dict[str, Any]) -> list[Tensor | None]:
-    """The saved momenta in the order of the optimizer's parameters, if everything fits."""
+def _loaded(table: Tensor, saved: Tensor | None) -> Tensor:
+    """What the preconditioner knows of a parameter, in the memory it has if that is of the right type."""
+    if saved is None:
+        return table.zero_()
+    return (
+        table.copy_(saved)
+        if saved.dtype == table.dtype
+        else torch.empty_like(table, dtype=saved.dtype).copy_(saved)
+    )
+
+
+def _check_fits(optimizer: CTLD, state_dict: dict[str, Any], entry: str) -> list[Tensor | None]:
+    """An entry of the saved state of each parameter, in the optimizer's order, if everything fits."""
     missing = {"state", "param_groups"} - set(state_dict)
     if missing:
         raise ValueError(f"state_dict has no {sorted(missing)}: it is not from CTLD.state_dict()")
@@ -128,15 +147,15 @@ def _check_fits(optimizer: CTLD, state_dict: dict[str, Any]) -> list[Tensor | No
         validation.hyper_parameters(group)
     _check_sampler(optimizer, saved_groups[0]["sampler"])
     keys = [key for g in saved_groups for key in g["params"]]
-    momenta = [state_dict["state"].get(key, {}).get("momentum_buffer") for key in keys]
+    found = [state_dict["state"].get(key, {}).get(entry) for key in keys]
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for p, momentum in zip(parameters, momenta, strict=True):
-        if momentum is not None and momentum.shape != p.shape:
+    for p, tensor in zip(parameters, found, strict=True):
+        if tensor is not None and tensor.shape != p.shape:
             raise ValueError(
-                f"state_dict has a momentum of shape {tuple(momentum.shape)} for a parameter of shape "
+                f"state_dict has a {entry} of shape {tuple(tensor.shape)} for a parameter of shape "
                 f"{tuple(p.shape)}"
             )
-    return momenta
+    return found
 
 
 def _check_sampler(optimizer: CTLD, sampler: Any) -> None:
@@ -166,6 +185,8 @@ def _load_sampler(optimizer: CTLD, sampler: dict[str, Any]) -> None:
     optimizer._dimension = sampler["dimension"]
     optimizer._progress = Progress(sampler["phase"], sampler["explored"])
     optimizer.seed = sampler["seed"]
+    if optimizer._coordinates is not None:
+        optimizer._coordinates.restore(sampler["coordinates"])
     optimizer._forget_derived()
 
 
@@ -186,4 +207,5 @@ def unpickle(optimizer: CTLD, own: dict[str, Any]) -> None:
     optimizer._backend_name = own["backend"]
     optimizer.process_group = own["process_group"]
     optimizer._sampler = optimizer._initial_state(own["sampler"]["tensors"]["visits"].numel())
+    optimizer._coordinates = optimizer._initial_coordinates()
     _load_sampler(optimizer, own["sampler"])

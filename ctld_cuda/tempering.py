@@ -224,13 +224,15 @@ def resolve(
     momentum: float,
     weight_decay: float,
     dimension: float,
+    preconditioned: bool = False,
 ) -> TemperingConstants:
     """Numbers for the backends; ``tempering=None`` gives a coordinate that never leaves alpha = 0.
 
     ``dimension`` counts the parameters of one chain; ``momentum`` and ``weight_decay`` are the largest
     of all groups. Without noise (temperature 0) energies are those at temperature 1. The fixed-point
     exponents leave room for momenta of 128 standard deviations at the highest temperature (the first
-    gradients are large) and for parameters of magnitude 64.
+    gradients are large) and for parameters of magnitude 64. The magnitude of preconditioned parameters says
+    nothing; they have quanta of 2**-8 nats at least, room for two million nats each.
     """
     moving = tempering is not None
     t = Tempering() if tempering is None else tempering
@@ -240,6 +242,7 @@ def resolve(
     settle = t.settle if t.settle is not None else (_relaxation_steps(momentum) if standardized else 0)
     hills = t.hills if moving else None
     noise_variance = 1.0 - t.persistence * t.persistence
+    prior_exponent = min(20, fixed_point_exponent(0.5 * 64.0**2 * prior_curvature))
     return TemperingConstants(
         base_temperature=float(temperature),
         energy_scale=(-num_data if maximize else num_data) / (temperature if temperature > 0 else 1.0),
@@ -260,6 +263,6 @@ def resolve(
         hill_gain=hills.gain if hills else 0.0,
         settle=settle if moving else 0,
         kinetic_exponent=fixed_point_exponent(0.5 * 128.0**2 * hottest),
-        prior_exponent=min(20, fixed_point_exponent(0.5 * 64.0**2 * prior_curvature)),
+        prior_exponent=max(prior_exponent, 8) if preconditioned else prior_exponent,
         energy_exponent=20,
     )

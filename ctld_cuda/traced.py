@@ -90,6 +90,10 @@ def prepare(optimizer: CTLD) -> None:
         raise RuntimeError(
             "CTLD.step() over several ranks cannot be compiled yet: leave it out of torch.compile"
         )
+    if optimizer.preconditioner is not None:
+        raise RuntimeError(
+            "CTLD.step() with a preconditioner cannot be compiled yet: leave it out of torch.compile"
+        )
     for slot in optimizer._slots:
         slot.inspect()
         if is_traceable_wrapper_subclass(slot.source):

@@ -12,7 +12,7 @@ import torch
 from common import differing, make_parameters, run, snapshot, two_groups
 from conftest import INFO, require
 
-from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, Tempering
+from ctld_cuda import CTLD, AdaptiveForce, Metadynamics, RMSPreconditioner, Tempering
 
 CASES = {
     "standardized": {},
@@ -27,6 +27,9 @@ CASES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "bfloat16 momenta": {"dtype": torch.bfloat16, "momentum_dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
+    "learning to precondition": {"preconditioner": RMSPreconditioner(adapt_steps=40)},
+    "preconditioned": {"preconditioner": RMSPreconditioner(adapt_steps=20)},
+    "preconditioned bfloat16": {"dtype": torch.bfloat16, "preconditioner": RMSPreconditioner(adapt_steps=20)},
 }
 SHAPES = [(4, 3), (4, 17), (4, 40, 10), (4,)]
 

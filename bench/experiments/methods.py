@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ctld_cuda import CTLD, AdaptiveForce, Tempering
+from ctld_cuda import CTLD, AdaptiveForce, RMSPreconditioner, Tempering
 
 Tensor = torch.Tensor
 
@@ -37,6 +37,7 @@ class Setting:
         tempering: options of :class:`ctld_cuda.Tempering`; None: constant temperature. Its "bias" is one of
             ``BIASES``.
         thermostat: as in CTLD.
+        adapt: share of the steps during which a preconditioner is learned; None: there is none.
     """
 
     lr: float
@@ -45,6 +46,7 @@ class Setting:
     explore: float = 0.6
     tempering: dict[str, Any] | None = None
     thermostat: bool = False
+    adapt: float | None = None
 
     def __str__(self) -> str:
         parts = [f"lr {self.lr:.3g}"]
@@ -52,6 +54,8 @@ class Setting:
             parts.append(f"T0 {self.temperature:.3g}")
         if self.weight_decay:
             parts.append(f"weight decay {self.weight_decay:.2g}")
+        if self.adapt is not None:
+            parts.append("preconditioned")
         return ", ".join(parts)
 
 
@@ -228,6 +232,9 @@ def _ctld(setting: Setting, parameters: list[Tensor], num_data: int, steps: int,
         options = dict(setting.tempering)
         options["bias"] = BIASES[options.get("bias", "hills")]
         tempering = Tempering(**options)
+    preconditioner = None
+    if setting.adapt is not None:
+        preconditioner = RMSPreconditioner(adapt_steps=max(1, round(setting.adapt * steps)))
     optimizer = CTLD(
         parameters,
         lr=setting.lr,
@@ -238,6 +245,7 @@ def _ctld(setting: Setting, parameters: list[Tensor], num_data: int, steps: int,
         tempering=tempering,
         explore_steps=round(setting.explore * steps),
         thermostat=setting.thermostat,
+        preconditioner=preconditioner,
         seed=seed,
     )
     return CTLDTrainer(setting, optimizer, annealed(setting.explore), steps)
