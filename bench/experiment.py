@@ -31,10 +31,13 @@ METRICS = {
         "nll": 4,
         "early_nll": 4,
         "average_nll": 4,
+        "ece": 4,
+        "early_ece": 4,
+        "average_ece": 4,
         "accuracy": 4,
         "average_accuracy": 4,
-        "ece": 4,
-        "average_ece": 4,
+        "clean_nll": 4,
+        "average_clean_nll": 4,
     },
 }
 
@@ -103,8 +106,7 @@ class Page:
         return {RECIPE: ("ctld", self._recipe(chosen))} | tuned
 
     def _recipe(self, chosen: dict[str, study.Chosen]) -> Setting:
-        sgd = chosen["sgd"]
-        return recipe.setting(self._task, sgd.setting, sgd.loss)
+        return recipe.setting(self._task, chosen)
 
     def seeds(self, chosen: dict[str, study.Chosen]) -> None:
         settings = self._settings(chosen)

@@ -291,15 +291,41 @@ class Method:
 
 # T0 where the search begins
 TEMPERATURE = 0.03
+# twice the default's window: half of the time is spent at T0, and draws are not rare
+TEMPERING: dict[str, Any] = {"flat": 0.8}
+# of the steps, during which a preconditioner is learned: those before any draw
+ADAPT = 0.3
+
+
+def conditioned(adam: Setting, **changes: Any) -> Setting:
+    """The setting of a preconditioned sampler that corresponds to one of AdamW."""
+    return replace(adam, lr=(1.0 - MOMENTUM) * adam.lr, adapt=ADAPT, **changes)
+
+
+ADAM, ADAMW = Setting(0.003), Setting(0.003, weight_decay=0.01)
 
 METHODS = {
-    "ctld": Method("CTLD", _ctld, Setting(1.0, TEMPERATURE, tempering={})),
+    "ctld": Method("CTLD", _ctld, Setting(1.0, TEMPERATURE, tempering=TEMPERING)),
     "sghmc": Method("SGHMC, then fine-tuning", _ctld, Setting(1.0, TEMPERATURE)),
+    "ctld-rms": Method(
+        "CTLD, preconditioned",
+        _ctld,
+        conditioned(ADAMW, temperature=TEMPERATURE, tempering=TEMPERING),
+        False,
+        100.0,
+    ),
+    "sghmc-rms": Method(
+        "SGHMC, preconditioned",
+        _ctld,
+        conditioned(ADAMW, temperature=TEMPERATURE),
+        False,
+        100.0,
+    ),
     "cyclical": Method("cyclical SGHMC", _cyclical, Setting(1.0, TEMPERATURE)),
     # without momentum steps are 1/(1 - MOMENTUM) times smaller
     "sgld": Method("SGLD", _sgld, Setting(10.0, TEMPERATURE)),
     "sgd": Method("SGD, momentum", _plain(torch.optim.SGD, momentum=MOMENTUM), Setting(1.0)),
-    "adam": Method("Adam", _plain(torch.optim.Adam), Setting(0.003), False, 0.1),
-    "adamw": Method("AdamW", _plain(torch.optim.AdamW), Setting(0.003, weight_decay=0.01), False, 100.0),
+    "adam": Method("Adam", _plain(torch.optim.Adam), ADAM, False, 0.1),
+    "adamw": Method("AdamW", _plain(torch.optim.AdamW), ADAMW, False, 100.0),
     "rmsprop": Method("RMSprop", _plain(torch.optim.RMSprop), Setting(0.001), False, 0.1),
 }

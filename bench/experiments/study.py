@@ -19,7 +19,7 @@ from .search import asking, compass
 # trials of each method, seeds at the chosen setting, seeds of each ablation
 TRIALS = {"quick": 2, "cpu": 12, "full": 12}
 SEEDS = {"quick": 2, "cpu": 5, "full": 5}
-ABLATION_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
+ABLATION_SEEDS = {"quick": 1, "cpu": 2, "full": 3}
 LANDSCAPE_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
 # of those that fine-tune, beside the recipe
 LANDSCAPE_METHODS = ("sghmc", "sgd", "adam")
@@ -36,6 +36,11 @@ class Chosen:
     setting: Setting
     loss: float
     trials: list[tuple[Setting, float]]
+
+    @property
+    def value(self) -> float:
+        """What judged the best setting."""
+        return min(value for _, value in self.trials)
 
 
 class Study:

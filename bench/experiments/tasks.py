@@ -276,7 +276,7 @@ class Labels(Task):
     # training images, width, steps
     SIZES: ClassVar[dict[Size, dict[str, tuple[int, int, int]]]] = {
         "quick": dict.fromkeys(("mlp", "cnn", "lstm"), (500, 16, 100)),
-        "cpu": {"mlp": (4000, 64, 4000), "cnn": (2000, 32, 2000), "lstm": (2000, 32, 2000)},
+        "cpu": {"mlp": (4000, 64, 4000), "cnn": (1000, 32, 2000), "lstm": (1000, 32, 2000)},
         "full": dict.fromkeys(("mlp", "cnn", "lstm"), (55_000, 200, 40_000)),
     }
 
