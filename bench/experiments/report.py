@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .ablation import Figure, Run
@@ -13,7 +13,7 @@ from .methods import METHODS
 from .study import Chosen
 from .tasks import Task
 
-# where some run diverged, or gave no draw to average
+# where all runs diverged, or gave no draw to average
 _NONE = "none"
 
 
@@ -26,8 +26,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
-    mean, error = mean_and_error(values)
-    return _NONE if math.isinf(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+    """Mean and standard error of the runs that have the metric, and how many these are unless all."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return _NONE
+    mean, error = mean_and_error(finite)
+    some = "" if len(finite) == len(values) else f" ({len(finite)} of {len(values)})"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}{some}"
 
 
 def paired(values: Sequence[float], reference: Sequence[float]) -> list[float]:
@@ -43,34 +48,44 @@ def main_table(
     settings: dict[str, Run],
     results: dict[str, list[Result]],
     metrics: dict[str, int],
-    judged_by: Callable[[str], str],
+    deployed: dict[str, str],
     reference: str,
+    costs: Result,
     steps: int,
 ) -> str:
     """A row per label: setting, each metric, the paired difference to ``reference``, time.
 
-    ``metrics``: names and digits; where a method has no such metric, the cell is empty. ``judged_by``: which
-    of them is compared, by the method's name.
+    ``metrics``: names and digits; where a method has no such metric, the cell is empty. ``deployed``: which
+    of them is compared, by label. ``costs``: time per step, as a multiple of SGD's.
     """
     digits = next(iter(metrics.values()))
     names = [name.replace("_", " ") for name in metrics]
-    head = ["", "setting", *names, f"minus {reference}", "seconds"]
+    head = ["", "setting", *names, f"minus {reference}", "time"]
     lines = [_row(head), _row(["---", "---", *["---:"] * (len(names) + 2)])]
-    own = column(results[reference], judged_by(settings[reference][0]))
-    for label, (method, setting) in settings.items():
+    own = column(results[reference], deployed[reference])
+    for label, (_, setting) in settings.items():
         rows = results[label]
         cells = [label, str(setting)]
         cells += [
             _cell(column(rows, name), d) if any(name in r for r in rows) else ""
             for name, d in metrics.items()
         ]
-        values = column(rows, judged_by(method))
+        values = column(rows, deployed[label])
         cells.append("" if label == reference else _cell(paired(values, own), digits))
-        cells.append(f"{statistics.fmean(column(rows, 'seconds')):.0f}")
+        cells.append(f"{costs[label]:.2f}")
         lines.append(_row(cells))
-    remark = f"Every run has {steps:,} gradient evaluations."
-    if any(_NONE in line for line in lines):
-        remark += f' "{_NONE}": a run diverged, or gave no draw to average.'
+    remark = (
+        f"Every run has {steps:,} gradient evaluations. Time: of a training step, forward and backward pass "
+        "included, as a multiple of that with SGD, one thread, measured side by side."
+    )
+    averaged = [label for label, metric in deployed.items() if metric.startswith("average_")]
+    if averaged:
+        remark += (
+            " The difference is that of the trained models, or of the average over draws where it was better "
+            f"on validation data ({', '.join(averaged)})."
+        )
+    if any(mark in line for line in lines[2:] for mark in (_NONE, " of ")):
+        remark += f' "{_NONE}" and "k of n": runs diverged, or gave no draw to average.'
     return "\n".join([*lines, "", remark, ""])
 
 

@@ -26,6 +26,7 @@ LANDSCAPE_METHODS = ("sghmc", "sgd", "adam")
 # minibatches that make the landscape, products for the trace of its Hessian
 LANDSCAPE_EFFORT = {"quick": (2, 4), "cpu": (10, 30), "full": (20, 100)}
 TUNING_SEED = 0
+COST_ROUNDS = 15
 _FACTOR = 10.0**0.5
 
 
@@ -85,6 +86,12 @@ class Study:
         ]
         return dict(zip(settings, self._carry_out(askings), strict=True))
 
+    def costs(self, settings: dict[str, Run], reference: str) -> Result:
+        """Time per step by label, as a multiple of the reference's."""
+        request = training.cost_request(self.task, self.size, settings) | {"reference": reference}
+        ((result,),) = self._carry_out([_ask_at_once([request])])
+        return result
+
     def curves(self, figure: Figure, seeds: int) -> dict[str, list[list[Result]]]:
         """Of each series the results at each of its points."""
         runs = {
@@ -97,6 +104,23 @@ class Study:
             label: [results[f"{label} {place}"] for place in points]
             for label, points in figure.series.items()
         }
+
+    def deployed(self, settings: dict[str, Run]) -> dict[str, str]:
+        """The metric of what a user would take home, by label.
+
+        Where a run gives a trained model and an average over draws, that is the better of the two on
+        validation data.
+        """
+        askings = [
+            _ask_at_once([self._request(name, setting, TUNING_SEED, "validation")])
+            for name, setting in settings.values()
+        ]
+        metric, average = self._execute.metric, f"average_{self._execute.metric}"
+        found = {}
+        for label, (result,) in zip(settings, self._carry_out(askings), strict=True):
+            better = result.get(average, math.inf) < result[metric]
+            found[label] = average if self._execute.averages and better else metric
+        return found
 
     def judged_by(self, method: str) -> str:
         """The metric that settings are chosen by: that of the model average where there is one."""
@@ -146,6 +170,9 @@ class Execute:
 
     def __call__(self, request: Request) -> Result:
         task = _made(*self._arguments)
+        if request["part"] == "cost":
+            runs = {label: (method, Setting(**said)) for label, (method, said) in request["runs"].items()}
+            return training.costs(task, runs, request["reference"], COST_ROUNDS, self._device)
         setting = Setting(**request["setting"])
         method, seed, part = request["method"], request["seed"], request["part"]
         if part == "landscape":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ CHECKS = 20  # of the validation data during a run, for stopping early
 _END = 0.05  # of the run, over which the training loss is averaged
 DIVERGED = 20.0  # times the initial loss
 _LANDSCAPE_SEED = 2017  # of the minibatches whose mean loss is the landscape, the same for all
+_TURN = 5  # steps
 PARTNER = 1000  # added to a seed for the other end of a barrier
 
 
@@ -151,6 +154,50 @@ def surroundings(
     }
 
 
+def costs(
+    task: Task, runs: dict[str, tuple[str, Setting]], reference: str, rounds: int, device: str = "cpu"
+) -> dict[str, float]:
+    """Time of a training step of each of ``runs``, as a multiple of that of ``reference``.
+
+    The runs take turns of ``_TURN`` steps, gradients included, so that a busy machine slows all of them
+    alike; the median over the rounds of the ratio within a round is returned.
+    """
+    steppers = {label: _stepper(task, *run, device) for label, run in runs.items()}
+    taken: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(rounds + 1):
+        for label, advance in steppers.items():
+            start = time.perf_counter()
+            for _ in range(_TURN):
+                advance()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            taken[label].append(time.perf_counter() - start)
+    # the first round allocates
+    ratios = {
+        label: [t / r for t, r in zip(times[1:], taken[reference][1:], strict=True)]
+        for label, times in taken.items()
+    }
+    return {label: statistics.median(found) for label, found in ratios.items()}
+
+
+def _stepper(task: Task, method: str, setting: Setting, device: str) -> Callable[[], None]:
+    """Does one step of a run; evaluations left out."""
+    model = task.model(0).to(device)
+    parameters = list(model.parameters())
+    trainer = METHODS[method].make(setting, parameters, task.num_data, task.steps, 0)
+    batches, numbers = task.batches(0), itertools.count()
+
+    def advance() -> None:
+        loss = task.loss(model, next(batches))
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        if task.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, task.clip)
+        trainer.step(next(numbers), loss.detach())
+
+    return advance
+
+
 def _said(setting: Setting) -> dict[str, Any]:
     """What differs from the defaults, so that a new property leaves old runs what they were."""
     return {
@@ -170,3 +217,9 @@ def request(task: str, size: str, method: str, setting: Setting, seed: int, part
         "seed": seed,
         "part": part,
     }
+
+
+def cost_request(task: str, size: str, runs: dict[str, tuple[str, Setting]]) -> dict[str, Any]:
+    """For :func:`costs`."""
+    said = {label: [method, _said(setting)] for label, (method, setting) in runs.items()}
+    return {"task": task, "size": size, "part": "cost", "runs": said}
