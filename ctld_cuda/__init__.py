@@ -4,7 +4,7 @@ from .backends import backend_info
 from .optimizer import CTLD
 from .posterior import Draws, PosteriorSamples
 from .preconditioner import RMSPreconditioner
-from .recipe import suggest_temperature
+from .recipe import settings_from, suggest_temperature
 from .schedules import explore_then_finetune
 from .tempering import AdaptiveForce, Metadynamics, Tempering
 
@@ -18,6 +18,7 @@ __all__ = [
     "Tempering",
     "backend_info",
     "explore_then_finetune",
+    "settings_from",
     "suggest_temperature",
 ]
 __version__ = "0.1.0"

@@ -270,7 +270,7 @@ class CTLD(Optimizer):
         self._ranks = distributed.ranks_of(self._slots, self.process_group)
         if self.preconditioner is not None:
             if self._ranks is not None and self._ranks.sharded:
-                raise RuntimeError("the preconditioner cannot step sharded parameters (DTensor) yet")
+                raise ValueError("the preconditioner cannot step sharded parameters (DTensor) yet")
             for slot in self._slots:
                 if "preconditioner" not in self.state[slot.source]:
                     mean = torch.zeros_like(slot.source, dtype=table_dtype(slot.source), requires_grad=False)

@@ -3,12 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from . import validation
+from .preconditioner import RMSPreconditioner
+from .tempering import Tempering
 
 Tensor = torch.Tensor
+
+# of the optimizer's learning rate: the noise explores regions that are more curved than those it sees
+_RATE = 0.5
+# of all steps with noise and at constant learning rate; the first half of them teaches a preconditioner
+_EXPLORED = 0.6
+# half-width of the window at T0, twice Tempering's default: half of the time is spent there
+_FLAT = 0.8
+
+
+def settings_from(
+    optimizer: torch.optim.Optimizer, *, num_data: int, loss: float, steps: int
+) -> dict[str, Any]:
+    """Arguments for :class:`~ctld_cuda.CTLD` from a tuned optimizer: nothing else is left to tune.
+
+    From SGD it takes over momentum and weight decay. From AdamW, or Adam without weight decay, it takes
+    ``beta1`` as momentum, the weight decay, and a preconditioner that gives each parameter a learning rate
+    of its own. The learning rate is half the optimizer's (times 1 - beta1 for Adam's), ``temperature`` that
+    of :func:`suggest_temperature`, the temperature moves with a window twice as wide as by default, and 60 %
+    of the steps explore. Anneal the learning rate to 0 after those, for example with
+    :func:`~ctld_cuda.explore_then_finetune`. docs/choosing.md has the measurements behind it::
+
+        CTLD(model.parameters(), **settings_from(adamw, num_data=len(train_set), loss=0.31, steps=10_000))
+
+    Args:
+        optimizer: ``torch.optim.SGD`` with momentum, ``Adam`` or ``AdamW``, with the settings that you found
+            to be best and the parameters that are to be trained. ``lr`` is what it began with, not what a
+            schedule has left.
+        num_data: N, as for :class:`~ctld_cuda.CTLD`.
+        loss: mean training loss, in nats per datum, at which the run with this optimizer ended.
+        steps: of the whole run to come.
+
+    Raises:
+        TypeError: for another optimizer, or an argument of the wrong kind.
+        ValueError: for options that have no counterpart, groups that differ, or a number that is not
+            positive.
+    """
+    steps = validation.integer("steps", steps, 2)
+    options, adam = _options_of(optimizer)
+    momentum = options["betas"][0] if adam else options["momentum"]
+    rate = (1.0 - momentum) * options["lr"] if adam else options["lr"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    explored = round(_EXPLORED * steps)
+    return {
+        "lr": _RATE * rate,
+        "momentum": momentum,
+        "weight_decay": options["weight_decay"],
+        "num_data": num_data,
+        "temperature": suggest_temperature(parameters, num_data, loss),
+        "tempering": Tempering(flat=_FLAT),
+        "explore_steps": explored,
+        "preconditioner": RMSPreconditioner(adapt_steps=max(1, explored // 2)) if adam else None,
+    }
+
+
+def _options_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], bool]:
+    """Those of its groups, and whether it is of Adam's kind."""
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    if not adam and not isinstance(optimizer, torch.optim.SGD):
+        raise TypeError(f"the optimizer must be SGD, Adam or AdamW, got {type(optimizer).__name__}")
+    names = (
+        ("lr", "weight_decay", "betas", "amsgrad") if adam else ("lr", "weight_decay", "momentum", "nesterov")
+    )
+    first = {name: optimizer.param_groups[0][name] for name in names}
+    if any({name: group[name] for name in names} != first for group in optimizer.param_groups):
+        raise ValueError("the groups of the optimizer differ: give CTLD groups of your own")
+    decoupled = isinstance(optimizer, torch.optim.AdamW) or optimizer.param_groups[0].get(
+        "decoupled_weight_decay", False
+    )
+    if adam and first["weight_decay"] and not decoupled:
+        raise ValueError("Adam's weight decay has no counterpart: tune AdamW's")
+    if not adam and not first["momentum"]:
+        raise ValueError(
+            "SGD without momentum says little about a learning rate with it: tune it with momentum"
+        )
+    return {**first, "lr": validation.real("lr", first["lr"])}, adam
 
 
 def suggest_temperature(

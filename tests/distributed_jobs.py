@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ctld_cuda import CTLD
+from ctld_cuda import CTLD, RMSPreconditioner
 
 # rows that 2 and 4 do not divide, shards that begin within a noise group, empty shards
 SHAPES = [(10, 3), (7,), (1, 5), (65, 37), (6, 2, 2), (3,), (4, 4)]
@@ -274,6 +274,11 @@ def failing_construction(what):
     if what == "chains":
         p = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
         return error_of(lambda: CTLD([p], num_data=10, chains=8))
+    if what == "preconditioner":
+        p = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+        p.grad = torch.zeros_like(p)
+        optimizer = CTLD([p], num_data=10, tempering=None, preconditioner=RMSPreconditioner())
+        return error_of(optimizer.step)
     group = dist.new_group([0])
     if what == "foreign group":
         return error_of(lambda: CTLD([nn.Parameter(value)], num_data=10, process_group=group))

@@ -155,6 +155,7 @@ def test_ranks_with_other_parameters(two):
         ("columns", "replicated or sharded on dimension 0"),
         ("chains", "chains cannot be combined"),
         ("smaller group", "on a mesh of 2 ranks"),
+        ("preconditioner", "cannot step sharded parameters"),
     ],
 )
 def test_what_cannot_be_stepped_is_refused(two, what, message):

@@ -180,9 +180,15 @@ def test_curvatures_over_eight_decades_with_one_learning_rate(compiled, seed, we
     assert float(deviation.abs().max()) < 5.5, deviation
 
 
-def test_the_energy_is_that_of_the_coordinates(backend):
+@pytest.mark.parametrize(("temperature", "weight_decay", "exponent"), [(0.1, 0.3, -13), (1e-3, 30.0, -8)])
+def test_the_energy_is_that_of_the_coordinates(backend, temperature, weight_decay, exponent):
     optimizer = conditioned(
-        adapt_steps=4, backend=backend, tempering=Tempering(), history=20, temperature=0.1, weight_decay=0.3
+        adapt_steps=4,
+        backend=backend,
+        tempering=Tempering(),
+        history=20,
+        temperature=temperature,
+        weight_decay=weight_decay,
     )
     parameters, expected = parameters_of(optimizer), []
     for step in range(12):
@@ -192,13 +198,13 @@ def test_the_energy_is_that_of_the_coordinates(backend):
         if step < 4:
             continue
         prior = sum(
-            0.5 * 10 * 0.3 * float((p / s.double()).square().sum())
+            0.5 * 10 * weight_decay * float((p / s.double()).square().sum())
             for p, s in zip(before, scales_of(optimizer), strict=True)
         )
-        expected.append((10 * float(loss) + prior) / 0.1)
-    # each of the 500 or so parameters' prior energies is cut to a multiple of 2^-13 nats
+        expected.append((10 * float(loss) + prior) / temperature)
+    # each of the 500 or so parameters' prior energies is cut to a multiple of a quantum
     found = optimizer.history()["energy"][4:].tolist()
-    assert found == pytest.approx(expected, rel=1e-5, abs=500 * 2**-13)
+    assert found == pytest.approx(expected, rel=1e-5, abs=500 * 2**exponent)
 
 
 def test_the_energy_notices_foreign_writes_in_the_coordinates(backend):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ctld_cuda import CTLD, suggest_temperature
+from ctld_cuda import CTLD, RMSPreconditioner, settings_from, suggest_temperature
 
 
 def test_the_noise_costs_the_share_of_the_loss(backend, seed):
@@ -65,3 +65,79 @@ def test_bad_input(arguments, error, words):
 def test_a_share_must_be_positive():
     with pytest.raises(ValueError, match="share"):
         suggest_temperature(5, 10, 1.0, share=0.0)
+
+
+# ------------------------------------------------------------------------------- settings from an optimizer
+
+
+def parameters():
+    return [torch.nn.Parameter(torch.randn(20, 3)), torch.nn.Parameter(torch.randn(3))]
+
+
+def test_settings_from_sgd_make_a_ctld_that_descends_like_it():
+    """At half the learning rate: without noise, the same path, because half a rate is all that differs."""
+    ours, theirs = parameters(), parameters()
+    with torch.no_grad():
+        for a, b in zip(ours, theirs, strict=True):
+            b.copy_(a)
+    tuned = torch.optim.SGD(ours, lr=0.04, momentum=0.8, weight_decay=0.03)
+    settings = settings_from(tuned, num_data=500, loss=2.0, steps=100)
+    assert settings["temperature"] == suggest_temperature(63, 500, 2.0)
+    assert settings["explore_steps"] == 60 and settings["preconditioner"] is None
+    optimizer = CTLD(ours, **settings)
+    assert optimizer.tempering.flat == 0.8
+    optimizer.finetune()
+    half = torch.optim.SGD(theirs, lr=0.02, momentum=0.8, weight_decay=0.03)
+    for _ in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad, b.grad = a.detach() * 2.0, b.detach() * 2.0
+        optimizer.step()
+        half.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_settings_from_adam_decay_and_move_like_it(kind):
+    decay = 0.3 if kind is torch.optim.AdamW else 0.0
+    tuned = kind(parameters(), lr=0.01, betas=(0.95, 0.99), weight_decay=decay)
+    settings = settings_from(tuned, num_data=500, loss=2.0, steps=100)
+    assert settings["momentum"] == 0.95 and settings["weight_decay"] == decay
+    assert settings["lr"] == pytest.approx(0.5 * 0.05 * 0.01)
+    assert settings["preconditioner"] == RMSPreconditioner(adapt_steps=30)
+    # without gradients both shrink parameters by the same share of a step, but for half the rate
+    p = torch.nn.Parameter(torch.ones(5))
+    optimizer = CTLD([p], **settings)
+    optimizer.finetune()
+    for _ in range(200):
+        p.grad = torch.zeros(5)
+        optimizer.step()
+    assert float(p.detach().log().mean()) == pytest.approx(200 * math.log(1 - 0.5 * 0.01 * decay), rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "error", "words"),
+    [
+        (torch.optim.RMSprop, {}, TypeError, "RMSprop"),
+        (torch.optim.SGD, {}, ValueError, "momentum"),
+        (torch.optim.Adam, {"weight_decay": 0.1}, ValueError, "AdamW"),
+    ],
+)
+def test_optimizers_without_a_counterpart(optimizer, options, error, words):
+    with pytest.raises(error, match=words):
+        settings_from(optimizer(parameters(), lr=0.1, **options), num_data=10, loss=1.0, steps=100)
+
+
+def test_bad_settings():
+    a, b = parameters()
+    sgd = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}], lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="groups"):
+        settings_from(sgd, num_data=10, loss=1.0, steps=100)
+    sgd = torch.optim.SGD(parameters(), lr=0.1, momentum=0.9)
+    for name, value, error in (
+        ("steps", 1, ValueError),
+        ("steps", 2.5, TypeError),
+        ("loss", -1.0, ValueError),
+    ):
+        with pytest.raises(error, match=name):
+            settings_from(sgd, **{"num_data": 10, "loss": 1.0, "steps": 100, name: value})

@@ -1,27 +1,36 @@
-"""The settings that a newcomer starts with: taken over from an optimizer, nothing of CTLD is tuned."""
+"""The settings that a newcomer starts with: the library's, from the better of two tuned optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ctld_cuda import suggest_temperature
+import torch
 
-from .methods import TEMPERING, Setting, conditioned
+from ctld_cuda import settings_from
+
+from .methods import ADAPT, MOMENTUM, TEMPERING, Setting
 from .study import Chosen
 from .tasks import Task
 
-# of the optimizer's best learning rate: the noise explores regions that are more curved than those it sees
-RATE = 0.5
-
 
 def setting(task: Task, tuned: Mapping[str, Chosen]) -> Setting:
-    """CTLD's, from the best setting of the better of SGD with momentum and AdamW, on validation data.
-
-    Preconditioned if that is AdamW; the training loss at which it ended gives the temperature.
-    """
+    """CTLD's, from the better of SGD with momentum and AdamW on validation data; nothing of CTLD is tuned."""
     sgd, adamw = tuned["sgd"], tuned["adamw"]
-    better = adamw if adamw.value < sgd.value else sgd
-    start = conditioned(adamw.setting) if better is adamw else sgd.setting
-    temperature = suggest_temperature(task.model(0).parameters(), task.num_data, better.loss)
-    return replace(start, lr=RATE * start.lr, temperature=temperature, tempering=TEMPERING)
+    preconditioned = adamw.value < sgd.value
+    found = adamw if preconditioned else sgd
+    parameters = task.model(0).parameters()
+    options = {"lr": found.setting.lr, "weight_decay": found.setting.weight_decay}
+    optimizer = (
+        torch.optim.AdamW(parameters, betas=(MOMENTUM, 0.999), **options)
+        if preconditioned
+        else torch.optim.SGD(parameters, momentum=MOMENTUM, **options)
+    )
+    settings = settings_from(optimizer, num_data=task.num_data, loss=found.loss, steps=task.steps)
+    return replace(
+        found.setting,
+        lr=settings["lr"],
+        temperature=settings["temperature"],
+        tempering=TEMPERING,
+        adapt=ADAPT if preconditioned else None,
+    )
