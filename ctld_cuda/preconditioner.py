@@ -39,7 +39,8 @@ class RMSPreconditioner:
     lost on the way into the coordinates and back, but for numbers near the smallest of their type.
 
     Costs 4 bytes of memory per parameter, as many again during a step, and passes over parameters and
-    gradients outside of the fused step.
+    gradients outside of the fused step: on a CPU about 15 plain steps' time while D is learned, 2.3 from then
+    on.
 
     Args:
         adapt_steps: steps during which D is learned; those left out by a GradScaler count. Draws count
@@ -89,15 +90,20 @@ def scale_of(mean: Tensor, weight: Tensor, floor: float, dtype: torch.dtype) -> 
     """
     v = mean / torch.where(weight > 0, weight, torch.ones_like(weight)).to(mean.dtype)
     v = torch.maximum(v, v.amax() * floor)
-    log2 = torch.frexp(v).exponent - 1
-    exponent = -torch.div(log2 + 2, 4, rounding_mode="floor")
-    exponent = torch.where(v > 0, exponent, torch.zeros_like(exponent))
-    return power_of_two(exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT), dtype)
+    exponent = (floor_log2(v) + 2 >> 2).neg_().clamp_(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return power_of_two(exponent.mul_(v > 0), dtype)
+
+
+def floor_log2(x: Tensor) -> Tensor:
+    """The exponent of positive numbers, from their bits; of those below the normal range, its lower end."""
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) >> 52).sub_(1023)
+    return (x.view(torch.int32) >> 23).sub_(127)
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2**exponent, exactly; int32 in."""
-    return (exponent + 127 << 23).view(torch.float32).to(dtype)
+    """2**exponent, exactly, for exponents from -126 to 127."""
+    return (exponent.to(torch.int32) + 127 << 23).view(torch.float32).to(dtype)
 
 
 def table_dtype(parameter: Tensor) -> torch.dtype:

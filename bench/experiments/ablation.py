@@ -81,7 +81,10 @@ def figures(base: Setting) -> dict[str, Figure]:
             "",
             False,
             {
-                "CTLD": {"off (constant)": ("sghmc", constant)}
+                "CTLD": {
+                    "constant temperature": ("sghmc", constant),
+                    "moving freely": ("ctld", _with(base, coupling_strength=UNCOUPLED)),
+                }
                 | {name: ("ctld", _with(base, coupling=name)) for name in ("standardized", "exact")}
             },
         ),

@@ -160,9 +160,11 @@ def costs(
     """Time of a training step of each of ``runs``, as a multiple of that of ``reference``.
 
     The runs take turns of ``_TURN`` steps, gradients included, so that a busy machine slows all of them
-    alike; the median over the rounds of the ratio within a round is returned.
+    alike; the mean over the rounds of the ratio within a round is returned. They are short runs as a whole,
+    so that phases have the weight that they have in a run.
     """
-    steppers = {label: _stepper(task, *run, device) for label, run in runs.items()}
+    steps = _TURN * (rounds + 1)
+    steppers = {label: _stepper(task, *run, steps, device) for label, run in runs.items()}
     taken: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(rounds + 1):
         for label, advance in steppers.items():
@@ -177,14 +179,14 @@ def costs(
         label: [t / r for t, r in zip(times[1:], taken[reference][1:], strict=True)]
         for label, times in taken.items()
     }
-    return {label: statistics.median(found) for label, found in ratios.items()}
+    return {label: statistics.fmean(found) for label, found in ratios.items()}
 
 
-def _stepper(task: Task, method: str, setting: Setting, device: str) -> Callable[[], None]:
-    """Does one step of a run; evaluations left out."""
+def _stepper(task: Task, method: str, setting: Setting, steps: int, device: str) -> Callable[[], None]:
+    """Does one step of a run of so many; evaluations left out."""
     model = task.model(0).to(device)
     parameters = list(model.parameters())
-    trainer = METHODS[method].make(setting, parameters, task.num_data, task.steps, 0)
+    trainer = METHODS[method].make(setting, parameters, task.num_data, steps, 0)
     batches, numbers = task.batches(0), itertools.count()
 
     def advance() -> None:
