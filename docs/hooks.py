@@ -10,15 +10,20 @@ import re
 from pathlib import Path
 
 LOG = logging.getLogger("mkdocs.hooks.repository_links")
-LINK = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
+LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+)(#[^)]*)?\)")
 
 
 def on_page_markdown(markdown, page, config, files):
-    root = Path(config.config_file_path).parent
+    root = Path(config.config_file_path).parent.resolve()
+    docs = Path(config.docs_dir).resolve()
+    folder = (docs / page.file.src_path).parent
 
     def replace(match):
-        text, path, anchor = match[1], match[2], match[3] or ""
-        if not (root / path).exists():
+        text, target, anchor = match[1], (folder / match[2]).resolve(), match[3] or ""
+        if target.is_relative_to(docs):  # a page, which MkDocs checks itself
+            return match[0]
+        path = target.relative_to(root).as_posix()
+        if not target.exists():
             LOG.warning("%s links to %s, which does not exist", page.file.src_path, path)
         if not config.repo_url:
             return text
