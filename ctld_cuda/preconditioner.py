@@ -39,8 +39,7 @@ class RMSPreconditioner:
     lost on the way into the coordinates and back, but for numbers near the smallest of their type.
 
     Costs 4 bytes of memory per parameter, as many again during a step, and passes over parameters and
-    gradients outside of the fused step: on a CPU about 15 plain steps' time while D is learned, 2.3 from then
-    on.
+    gradients outside of the fused step, most of them while D is learned.
 
     Args:
         adapt_steps: steps during which D is learned; those left out by a GradScaler count. Draws count
