@@ -67,8 +67,10 @@ def build(directory, sanitizer, csrc=ROOT / "csrc", flags=()):
 def run(program, *arguments):
     # without address randomisation: some kernels place memory where the thread sanitizer does not expect it
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    # a race may end in a deadlock: stop at the first one
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    # a race may end in a deadlock: stop at the first one. Wide margins around memory: an overrun shall not
+    # reach a buffer behind it, which may have been freed, and be called a use of that
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "redzone=1024"}
+    environment = {**os.environ, **options}
     command = [*fixed, program, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     return result.returncode, result.stdout + result.stderr
