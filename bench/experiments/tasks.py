@@ -286,6 +286,8 @@ class Labels(Task):
         self._network, self._batch = network, batch
         if network == "cnn":  # overfits more than the others
             self.weight_decay = 10 * self.weight_decay
+        if network == "lstm":  # saturates
+            self.rate = 10 * self.rate
         train, test = data.fashion_mnist()
         generator = torch.Generator().manual_seed(_CORRUPTION_SEED)
         order = torch.randperm(len(train.labels), generator=generator)
