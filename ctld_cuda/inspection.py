@@ -97,7 +97,7 @@ _data_ptr, _numel = Tensor.data_ptr, Tensor.numel
 _stride, _is_contiguous = Tensor.stride, Tensor.is_contiguous
 
 
-def _spread(values: list[Any], absent: Any, among: Sequence[bool]) -> list[Any]:
+def spread(values: list[Any], absent: Any, among: Sequence[bool]) -> list[Any]:
     """Values of the active parameters among all of them."""
     each = iter(values)
     return [next(each) if active else absent for active in among]
@@ -149,8 +149,8 @@ class Inspector:
         gradients: list[Any] = some[0]
         addresses = some[1]
         if len(gradients) < len(self._slots):
-            gradients = _spread(gradients, None, last.active)
-            addresses = _spread(addresses, 0, last.active)
+            gradients = spread(gradients, None, last.active)
+            addresses = spread(addresses, 0, last.active)
         return last._replace(gradients=gradients, gradient_addresses=addresses)
 
     def _look_closely(self) -> Found:

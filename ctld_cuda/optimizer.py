@@ -18,12 +18,12 @@ from .backends.interface import LiveRate, StepInputs
 from .coefficients import first_unit, of_exploring, of_finetuning
 from .inspection import Inspector
 from .layout import Slot
-from .preconditioner import Coordinates, RMSPreconditioner, check_parameters, table_dtype
-from .preconditioner import check_settings as check_preconditioner
+from .preconditioner import Coordinates, RMSPreconditioner, check_parameters, check_preconditioner
 from .reference import (
     Coefficients,
     Settings,
     adapt_friction,
+    compute_dtype,
     kinetic_temperature,
     kinetic_unit,
     record_kinetic,
@@ -273,7 +273,9 @@ class CTLD(Optimizer):
                 raise ValueError("the preconditioner cannot step sharded parameters (DTensor) yet")
             for slot in self._slots:
                 if "preconditioner" not in self.state[slot.source]:
-                    mean = torch.zeros_like(slot.source, dtype=table_dtype(slot.source), requires_grad=False)
+                    mean = torch.zeros_like(
+                        slot.source, dtype=compute_dtype(slot.source), requires_grad=False
+                    )
                     self.state[slot.source]["preconditioner"] = mean
         self._inspector = Inspector(self._slots, validation.gradient, extension.usual_of)
         elements = [max(self._trainable([group]), 1.0) for group in self.param_groups]

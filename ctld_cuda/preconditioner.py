@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .backends.interface import StepInputs
+from .inspection import spread
 from .reference import unscale_factor
 
 Tensor = torch.Tensor
@@ -105,12 +106,7 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return (exponent.to(torch.int32) + 127 << 23).view(torch.float32).to(dtype)
 
 
-def table_dtype(parameter: Tensor) -> torch.dtype:
-    """Of v."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def check_settings(value: Any) -> None:
+def check_preconditioner(value: Any) -> None:
     """
     Raises:
         TypeError: unless it is a preconditioner or None.
@@ -167,13 +163,12 @@ class Coordinates:
         gradients = [g for g, active in zip(found.gradients, found.active, strict=True) if active]
         scales = self._scales(inputs, gradients, tables)
         scaled = [None if g is None else g * d for g, d in zip(gradients, scales, strict=True)]
-        each = iter(scaled)
-        spread = [next(each) if active else None for active in found.active]
-        addresses = [0 if g is None else g.data_ptr() for g in spread]
+        spread_out = spread(scaled, None, found.active)
+        addresses = [0 if g is None else g.data_ptr() for g in spread_out]
         if scales:
             torch._foreach_div_(found.parameters, scales)
         try:
-            yield inputs._replace(found=found._replace(gradients=spread, gradient_addresses=addresses))
+            yield inputs._replace(found=found._replace(gradients=spread_out, gradient_addresses=addresses))
         finally:
             if scales:
                 torch._foreach_mul_(found.parameters, scales)

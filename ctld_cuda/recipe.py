@@ -68,7 +68,7 @@ def settings_from(
 
 def _options_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], bool]:
     """Those of its groups, and whether it is of Adam's kind."""
-    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    adam = isinstance(optimizer, torch.optim.Adam)  # AdamW is one
     if not adam and not isinstance(optimizer, torch.optim.SGD):
         raise TypeError(f"the optimizer must be SGD, Adam or AdamW, got {type(optimizer).__name__}")
     names = (
@@ -77,10 +77,7 @@ def _options_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], bool]
     first = {name: optimizer.param_groups[0][name] for name in names}
     if any({name: group[name] for name in names} != first for group in optimizer.param_groups):
         raise ValueError("the groups of the optimizer differ: give CTLD groups of your own")
-    decoupled = isinstance(optimizer, torch.optim.AdamW) or optimizer.param_groups[0].get(
-        "decoupled_weight_decay", False
-    )
-    if adam and first["weight_decay"] and not decoupled:
+    if adam and first["weight_decay"] and not optimizer.param_groups[0]["decoupled_weight_decay"]:
         raise ValueError("Adam's weight decay has no counterpart: tune AdamW's")
     if not adam and not first["momentum"]:
         raise ValueError(

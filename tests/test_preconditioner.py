@@ -266,7 +266,7 @@ def test_noise_moves_parameters_in_proportion_to_their_factors(backend):
 
 
 def test_going_there_and_back_changes_no_bit(backend, seed):
-    """Zero gradients and no noise: parameters of all magnitudes stay, while D moves and when it does not."""
+    """Steps below the resolution of all but the smallest parameters, while D moves and when it does not."""
     optimizer = conditioned([(2000,)], adapt_steps=6, temperature=0.0, weight_decay=0.0, backend=backend)
     (p,) = parameters_of(optimizer)
     generator = torch.Generator().manual_seed(seed % 2**63)

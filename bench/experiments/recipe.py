@@ -9,7 +9,7 @@ import torch
 
 from ctld_cuda import settings_from
 
-from .methods import ADAPT, MOMENTUM, TEMPERING, Setting
+from .methods import MOMENTUM, Setting
 from .study import Chosen
 from .tasks import Task
 
@@ -27,10 +27,12 @@ def setting(task: Task, tuned: Mapping[str, Chosen]) -> Setting:
         else torch.optim.SGD(parameters, momentum=MOMENTUM, **options)
     )
     settings = settings_from(optimizer, num_data=task.num_data, loss=found.loss, steps=task.steps)
+    preconditioner = settings["preconditioner"]
     return replace(
         found.setting,
         lr=settings["lr"],
         temperature=settings["temperature"],
-        tempering=TEMPERING,
-        adapt=ADAPT if preconditioned else None,
+        explore=settings["explore_steps"] / task.steps,
+        tempering={"flat": settings["tempering"].flat},
+        adapt=preconditioner and preconditioner.adapt_steps / task.steps,
     )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from . import landscape
-from .methods import METHODS, Setting
+from .methods import METHODS, Setting, Trainer
 from .tasks import Part, Task
 
 CHECKS = 20  # of the validation data during a run, for stopping early
@@ -92,14 +92,9 @@ def run(task: Task, method: str, setting: Setting, seed: int, part: Part, device
     limit = math.inf
     start = time.perf_counter()
     for number in range(task.steps):
-        loss = task.loss(model, next(batches))
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        if task.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, task.clip)
-        trainer.step(number, loss.detach())
+        loss = _step(task, model, parameters, trainer, number, next(batches))
         if number % every == 0:
-            value = float(loss.detach())
+            value = float(loss)
             if number == 0:
                 limit = DIVERGED * value
             if not value < limit:
@@ -107,7 +102,7 @@ def run(task: Task, method: str, setting: Setting, seed: int, part: Part, device
         if average and number % draws_every == 0 and trainer.is_draw((number + 1) / task.steps):
             average.add(model)
         if number >= (1.0 - _END) * task.steps:
-            recent.append(loss.detach())
+            recent.append(loss)
         if stopping and (number + 1) % rarely == 0:
             stopping.look(model)
     metrics = task.evaluate(model, part)
@@ -121,6 +116,19 @@ def run(task: Task, method: str, setting: Setting, seed: int, part: Part, device
     metrics |= trainer.remarks()
     metrics["seconds"] = round(time.perf_counter() - start, 2)
     return Outcome(model, metrics)
+
+
+def _step(
+    task: Task, model: nn.Module, parameters: list[nn.Parameter], trainer: Trainer, number: int, batch: Any
+) -> Tensor:
+    """One training step; returns the minibatch's loss."""
+    loss = task.loss(model, batch)
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    if task.clip is not None:
+        nn.utils.clip_grad_norm_(parameters, task.clip)
+    trainer.step(number, loss.detach())
+    return loss.detach()
 
 
 def surroundings(
@@ -182,22 +190,14 @@ def costs(
     return {label: statistics.fmean(found) for label, found in ratios.items()}
 
 
-def _stepper(task: Task, method: str, setting: Setting, steps: int, device: str) -> Callable[[], None]:
+def _stepper(task: Task, method: str, setting: Setting, steps: int, device: str) -> Callable[[], Tensor]:
     """Does one step of a run of so many; evaluations left out."""
     model = task.model(0).to(device)
     parameters = list(model.parameters())
     trainer = METHODS[method].make(setting, parameters, task.num_data, steps, 0)
     batches, numbers = task.batches(0), itertools.count()
 
-    def advance() -> None:
-        loss = task.loss(model, next(batches))
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        if task.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, task.clip)
-        trainer.step(next(numbers), loss.detach())
-
-    return advance
+    return lambda: _step(task, model, parameters, trainer, next(numbers), next(batches))
 
 
 def _said(setting: Setting) -> dict[str, Any]:
