@@ -32,6 +32,8 @@ METRICS = {
         "average_nll": 4,
         "ece": 4,
         "average_ece": 4,
+        "scaled_ece": 4,
+        "average_scaled_ece": 4,
         "accuracy": 4,
         "average_accuracy": 4,
         "clean_nll": 4,
@@ -113,7 +115,7 @@ class Page:
         deployed = self._work.deployed(settings)
         table = report.main_table(settings, results, self._metrics, deployed, RECIPE, costs, self._task.steps)
         self._sections += [
-            f"## Tuned with {study.TRIALS[self._size]} trials each, then {study.SEEDS[self._size]} seeds\n",
+            f"## Tuned with {self._work.trials} trials each, then {study.SEEDS[self._size]} seeds\n",
             f"Test, {self._task.unit} ({self._task.metric.replace('_', ' ')}), mean ± standard error.\n",
             table,
             "### Trials\n",

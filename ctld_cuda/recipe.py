@@ -15,23 +15,21 @@ Tensor = torch.Tensor
 
 # of the optimizer's learning rate: the noise explores regions that are more curved than those it sees
 _RATE = 0.5
-# of all steps with noise and at constant learning rate; the first half of them teaches a preconditioner
-_EXPLORED = 0.6
 # half-width of the window at T0, twice Tempering's default: half of the time is spent there
 _FLAT = 0.8
 
 
 def settings_from(
-    optimizer: torch.optim.Optimizer, *, num_data: int, loss: float, steps: int
+    optimizer: torch.optim.Optimizer, *, num_data: int, loss: float, steps: int, explore: float = 0.6
 ) -> dict[str, Any]:
     """Arguments for :class:`~ctld_cuda.CTLD` from a tuned optimizer: nothing else is left to tune.
 
     From SGD it takes over momentum and weight decay. From AdamW, or Adam without weight decay, it takes
     ``beta1`` as momentum, the weight decay, and a preconditioner that gives each parameter a learning rate
     of its own. The learning rate is half the optimizer's (times 1 - beta1 for Adam's), ``temperature`` that
-    of :func:`suggest_temperature`, the temperature moves with a window twice as wide as by default, and 60 %
-    of the steps explore. Anneal the learning rate to 0 after those, for example with
-    :func:`~ctld_cuda.explore_then_finetune`. docs/choosing.md has the measurements behind it::
+    of :func:`suggest_temperature`, the temperature moves with a window twice as wide as by default, and a
+    preconditioner learns for the first half of the exploration. Anneal the learning rate to 0 after that, for
+    example with :func:`~ctld_cuda.explore_then_finetune`. docs/choosing.md has the measurements behind it::
 
         CTLD(model.parameters(), **settings_from(adamw, num_data=len(train_set), loss=0.31, steps=10_000))
 
@@ -42,18 +40,23 @@ def settings_from(
         num_data: N, as for :class:`~ctld_cuda.CTLD`.
         loss: mean training loss, in nats per datum, at which the run with this optimizer ended.
         steps: of the whole run to come.
+        explore: share of them that explore, in (0, 1]. The default suits training; 0.9 if the average over
+            the draws is what you want, which needs time to be good.
 
     Raises:
         TypeError: for another optimizer, or an argument of the wrong kind.
         ValueError: for options that have no counterpart, groups that differ, or a number that is not
-            positive.
+            positive, or a share that is not one.
     """
     steps = validation.integer("steps", steps, 2)
+    explore = validation.real("explore", explore)
+    if not 0.0 < explore <= 1.0:
+        raise ValueError(f"explore must be in (0, 1], got {explore!r}")
     options, adam = _options_of(optimizer)
     momentum = options["betas"][0] if adam else options["momentum"]
     rate = (1.0 - momentum) * options["lr"] if adam else options["lr"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    explored = round(_EXPLORED * steps)
+    explored = max(1, round(explore * steps))
     return {
         "lr": _RATE * rate,
         "momentum": momentum,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import experiment  # noqa: E402
-from experiments import ablation, data, landscape, ledger, methods, recipe, report, tasks, training  # noqa: E402
+from experiments import ablation, data, landscape, ledger, methods, recipe, report, study, tasks, training  # noqa: E402
 from experiments.search import compass  # noqa: E402
 from experiments.study import Chosen  # noqa: E402
 
@@ -70,6 +70,14 @@ def test_the_search_along_two_axes_and_past_divergence():
     best, _ = minimise(value, (1.0, 1.0), [10**0.5] * 2, 40)
     assert math.log(best[0]) == pytest.approx(-1.0, abs=0.1)
     assert math.log(best[1]) == pytest.approx(2.0, abs=0.1)
+
+
+def test_the_search_takes_the_better_of_two_neighbours():
+    """Both are better than the start; the first to be tried leads away from the minimum."""
+    values = {0: 3.0, 1: 2.0, 2: 2.5, -1: 1.0, -2: 0.0, -3: 1.0}
+    best, trials = minimise(lambda point: values[round(math.log10(point[0]))], (1.0,), [10.0], 5)
+    assert best == (pytest.approx(0.01),)
+    assert [round(math.log10(x)) for (x,), _ in trials] == [0, 1, -1, -2, -3]
 
 
 # --------------------------------------------------------------------------------------------- ledger
@@ -223,6 +231,19 @@ def test_calibration_error_of_known_predictions():
     assert tasks.calibration_error(torch.eye(2)[labels], labels) == 0.0
 
 
+def test_scaling_finds_what_only_the_confidence_was_wrong_about(seed):
+    """Labels drawn from known probabilities; what is scored is too sure of them by a factor of its logits."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(40_000, 5, generator=generator, dtype=torch.float64).mul(1.5).softmax(-1)
+    labels = torch.multinomial(truth, 1, generator=generator)[:, 0]
+    sure = tasks.scaled(truth, 2.0**0.75)
+    assert torch.allclose(sure, (truth.log() * 2.0**0.75).softmax(-1))
+    assert tasks.calibration_error(sure, labels) > 0.08
+    found = min(tasks.calibration_error(tasks.scaled(sure, b), labels) for b in tasks._EXPONENTS)
+    # 15 bins, each off by sqrt(2/pi) standard errors of 1/2 sqrt(share / 40,000) at most
+    assert found < 2 * math.sqrt(2 / math.pi) * math.sqrt(15) * 0.5 / 200
+
+
 def test_idx_files(tmp_path):
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     content = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 3, 4) + values.tobytes()
@@ -311,6 +332,57 @@ def test_a_quick_study(tmp_path, name):
     assert (tmp_path / "pages" / f"{name}-quick.md").read_text() == page
 
 
+class Edge:
+    """In place of runs: a valley of the learning rate with a cliff, where it is on half of the seeds."""
+
+    metric, averages = "bits", True
+    rate, weight_decay, explore, trials, finalists = 1.0, None, 0.9, 12, 3
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, request):
+        self.asked.append(request)
+        lr = request["setting"]["lr"]
+        cliff = 9.0 if request["seed"] == study.TUNING_SEED else 4.0
+        return {"bits": math.inf if lr > cliff else (math.log(lr) - 2.0) ** 2, "loss": 0.5}
+
+
+def test_a_setting_at_the_edge_of_stability_is_not_chosen(tmp_path):
+    make()
+    work = study.Study("text", "quick", ledger.Ledger(tmp_path / "runs"), 0, TEXT)
+    work._execute, work.trials = Edge(), Edge.trials
+    found = work.tune()["sgd"]
+    assert len(found.trials) == Edge.trials and len(found.finalists) == Edge.finalists
+    best_trial = min(found.trials, key=lambda trial: trial[1])[0]
+    assert 4.0 < best_trial.lr <= 9.0  # on its seed
+    values = {setting: value for setting, value in found.finalists}
+    assert values[best_trial] == math.inf
+    assert found.setting.lr == min(values, key=values.get).lr and found.value == min(values.values())
+    asked = [r for r in work._execute.asked if r["method"] == "sgd"]
+    again = [r for r in asked if r["seed"] in study.MORE_TUNING_SEEDS]
+    assert len(again) == Edge.finalists * len(study.MORE_TUNING_SEEDS)
+    assert all(r["part"] == "validation" and r["setting"]["explore"] == 0.9 for r in asked)
+    # seeds of the tables are others
+    tables = {study.TUNING_SEED + 1 + k for k in range(max(study.SEEDS.values()))}
+    assert not tables & {study.TUNING_SEED, *study.MORE_TUNING_SEEDS}
+
+
+def test_what_is_taken_home_is_chosen_by_the_mean_over_the_tuning_seeds(tmp_path):
+    make()
+    work = study.Study("text", "quick", ledger.Ledger(tmp_path / "runs"), 0, TEXT)
+    averages = {study.TUNING_SEED: 0.0, study.MORE_TUNING_SEEDS[0]: 2.0, study.MORE_TUNING_SEEDS[1]: 1.3}
+
+    class Runs(Edge):
+        def __call__(self, request):
+            average = averages[request["seed"]] if request["method"] == "ctld" else 0.9
+            return {"bits": 1.0, "average_bits": average}
+
+    work._execute = Runs()
+    runs = {"a": ("ctld", methods.Setting(0.1)), "b": ("sghmc", methods.Setting(0.1))}
+    assert work.deployed(runs) == {"a": "bits", "b": "average_bits"}
+
+
 def test_missing_data_are_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data.shutil, "which", lambda name: None)
     data.text.cache_clear()
@@ -335,8 +407,8 @@ def test_the_recipe_starts_from_the_better_optimizer():
 
     def chosen(sgd, adamw):
         return {
-            "sgd": Chosen(methods.Setting(3.0, weight_decay=1e-4), 1.0, [(methods.Setting(3.0), sgd)]),
-            "adamw": Chosen(methods.Setting(0.01, weight_decay=0.3), 2.0, [(methods.Setting(0.01), adamw)]),
+            "sgd": Chosen(methods.Setting(3.0, weight_decay=1e-4), sgd, 1.0, [], []),
+            "adamw": Chosen(methods.Setting(0.01, weight_decay=0.3), adamw, 2.0, [], []),
         }
 
     from_sgd = recipe.setting(task, chosen(1.0, 2.0))

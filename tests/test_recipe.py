@@ -105,6 +105,9 @@ def test_settings_from_adam_decay_and_move_like_it(kind):
     assert settings["momentum"] == 0.95 and settings["weight_decay"] == decay
     assert settings["lr"] == pytest.approx(0.5 * 0.05 * 0.01)
     assert settings["preconditioner"] == RMSPreconditioner(adapt_steps=30)
+    longer = settings_from(tuned, num_data=500, loss=2.0, steps=100, explore=0.9)
+    assert longer["explore_steps"] == 90 and longer["preconditioner"].adapt_steps == 45
+    assert {k: v for k, v in longer.items() if v != settings[k]}.keys() == {"explore_steps", "preconditioner"}
     # without gradients both shrink parameters by the same share of a step, but for half the rate
     p = torch.nn.Parameter(torch.ones(5))
     optimizer = CTLD([p], **settings)
@@ -138,6 +141,9 @@ def test_bad_settings():
         ("steps", 1, ValueError),
         ("steps", 2.5, TypeError),
         ("loss", -1.0, ValueError),
+        ("explore", 0.0, ValueError),
+        ("explore", 1.1, ValueError),
+        ("explore", "long", TypeError),
     ):
         with pytest.raises(error, match=name):
             settings_from(sgd, **{"num_data": 10, "loss": 1.0, "steps": 100, name: value})

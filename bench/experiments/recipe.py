@@ -26,7 +26,9 @@ def setting(task: Task, tuned: Mapping[str, Chosen]) -> Setting:
         if preconditioned
         else torch.optim.SGD(parameters, momentum=MOMENTUM, **options)
     )
-    settings = settings_from(optimizer, num_data=task.num_data, loss=found.loss, steps=task.steps)
+    settings = settings_from(
+        optimizer, num_data=task.num_data, loss=found.loss, steps=task.steps, explore=task.explore
+    )
     preconditioner = settings["preconditioner"]
     return replace(
         found.setting,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .ablation import Figure, Run
 from .ledger import Result
-from .methods import METHODS
+from .methods import METHODS, Setting
 from .study import Chosen
 from .tasks import Task
 
@@ -94,10 +94,17 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def trials_table(chosen: dict[str, Chosen], digits: int) -> str:
-    lines = [_row(["method", "trials: setting, validation"]), _row(["---", "---"])]
+    """The trials of each method; and where the best were run again, their means over all tuning seeds."""
+
+    def told(trials: list[tuple[Setting, float]]) -> str:
+        return "; ".join(f"{setting}: {value:.{digits}f}" for setting, value in trials)
+
+    again = any(found.finalists for found in chosen.values())
+    head = ["method", "trials: setting, validation", *["the best on three seeds"] * again]
+    lines = [_row(head), _row(["---"] * len(head))]
     for name, found in chosen.items():
-        trials = "; ".join(f"{setting}: {value:.{digits}f}" for setting, value in found.trials)
-        lines.append(_row([METHODS[name].label, trials]))
+        cells = [METHODS[name].label, told(found.trials), *[told(found.finalists)] * again]
+        lines.append(_row(cells))
     return "\n".join(lines) + "\n"
 
 

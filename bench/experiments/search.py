@@ -16,10 +16,10 @@ def compass(
 ) -> Generator[list[Point], list[float], tuple[Point, list[tuple[Point, float]]]]:
     """Minimises a function of positive numbers; yields points to try, is sent their values.
 
-    From ``start`` it goes along one axis after the other, by the factor given for it, as long as that is
-    better; when no step is, the factors become their square roots. The best point and all trials are returned
-    after ``budget`` of them, or when the factors are next to 1. Axes are tried in the order of the point's
-    numbers: the most important first.
+    From ``start`` it goes along one axis after the other, by the factor given for it, towards the better of
+    the two neighbours and on as long as that is better; when no step is, the factors become their square
+    roots. The best point and all trials are returned after ``budget`` of them, or when the factors are next
+    to 1. Axes are tried in the order of the point's numbers: the most important first.
     """
     factors = list(factors)
     trials: list[tuple[Point, float]] = []
@@ -40,22 +40,20 @@ def compass(
         while max(factors) > _FINEST:
             improved = False
             for axis, factor in enumerate(factors):
+                found = {}
                 for direction in (factor, 1.0 / factor):
-                    moved = False
-                    while True:
-                        there = _moved(best, axis, direction)
-                        value = yield from value_at(there)
-                        if not value < lowest:
-                            break
-                        best, lowest, moved = there, value, True
-                    if moved:
-                        improved = True
-                        break
+                    found[direction] = yield from value_at(_moved(best, axis, direction))
+                direction = min(found, key=lambda d: found[d])
+                value = found[direction]
+                while value < lowest:
+                    best, lowest, improved = _moved(best, axis, direction), value, True
+                    value = yield from value_at(_moved(best, axis, direction))
             if not improved:
                 factors = [math.sqrt(f) for f in factors]
     except _Spent:
         pass
-    return best, trials
+    # the budget may have ended between two neighbours
+    return min(trials, key=lambda trial: trial[1])[0], trials
 
 
 class _Spent(Exception):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from .ledger import Asking, Ledger, Request, Result, carry_out
 from .methods import METHODS, Setting
 from .search import asking, compass
 
-# trials of each method, seeds at the chosen setting, seeds of each ablation
-TRIALS = {"quick": 2, "cpu": 12, "full": 12}
+# trials of each method at the quick size; otherwise the task's
+QUICK_TRIALS = 2
+# seeds at the chosen setting, seeds of each ablation
 SEEDS = {"quick": 2, "cpu": 5, "full": 5}
 ABLATION_SEEDS = {"quick": 1, "cpu": 2, "full": 3}
 LANDSCAPE_SEEDS = {"quick": 1, "cpu": 3, "full": 3}
@@ -26,22 +28,28 @@ LANDSCAPE_METHODS = ("sghmc", "sgd", "adam")
 # minibatches that make the landscape, products for the trace of its Hessian
 LANDSCAPE_EFFORT = {"quick": (2, 4), "cpu": (10, 30), "full": (20, 100)}
 TUNING_SEED = 0
+# on which the best trials are run again, where a task has finalists
+MORE_TUNING_SEEDS = (101, 102)
 COST_ROUNDS = 15
 _FACTOR = 10.0**0.5
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The best setting that a search found, its training loss, and all trials: settings, what judged them."""
+    """The setting that tuning chose.
+
+    Attributes:
+        value: what judged it: the mean over the seeds that it was tried on.
+        loss: its training loss.
+        trials: of the search: settings, what judged them.
+        finalists: those of the trials that were run again: settings, means over all seeds.
+    """
 
     setting: Setting
+    value: float
     loss: float
     trials: list[tuple[Setting, float]]
-
-    @property
-    def value(self) -> float:
-        """What judged the best setting."""
-        return min(value for _, value in self.trials)
+    finalists: list[tuple[Setting, float]]
 
 
 class Study:
@@ -67,6 +75,7 @@ class Study:
         self.task, self.size = task, size
         self._ledger, self._workers = ledger, workers
         self._execute = Execute(task, size, text, device)
+        self.trials = QUICK_TRIALS if size == "quick" else self._execute.trials
 
     def tune(self) -> dict[str, Chosen]:
         """Of each method the best setting on validation data."""
@@ -109,17 +118,20 @@ class Study:
         """The metric of what a user would take home, by label.
 
         Where a run gives a trained model and an average over draws, that is the better of the two on
-        validation data.
+        validation data, in the mean over the tuning seeds.
         """
+        metric, average = self._execute.metric, f"average_{self._execute.metric}"
+        if not self._execute.averages:
+            return dict.fromkeys(settings, metric)
+        seeds = (TUNING_SEED, *MORE_TUNING_SEEDS)
         askings = [
-            _ask_at_once([self._request(name, setting, TUNING_SEED, "validation")])
+            _ask_at_once([self._request(name, setting, seed, "validation") for seed in seeds])
             for name, setting in settings.values()
         ]
-        metric, average = self._execute.metric, f"average_{self._execute.metric}"
         found = {}
-        for label, (result,) in zip(settings, self._carry_out(askings), strict=True):
-            better = result.get(average, math.inf) < result[metric]
-            found[label] = average if self._execute.averages and better else metric
+        for label, results in zip(settings, self._carry_out(askings), strict=True):
+            means = {m: fmean(result.get(m, math.inf) for result in results) for m in (metric, average)}
+            found[label] = average if means[average] < means[metric] else metric
         return found
 
     def judged_by(self, method: str) -> str:
@@ -129,6 +141,7 @@ class Study:
 
     def _tuning(self, name: str) -> Asking:
         start = METHODS[name].begin(self._execute.rate, self._execute.weight_decay)
+        start = replace(start, explore=self._execute.explore)
         metric = self.judged_by(name)
         axes = ["lr"]
         if start.temperature is not None:
@@ -140,15 +153,29 @@ class Study:
             return replace(start, **dict(zip(axes, point, strict=True)))
 
         origin = tuple(getattr(start, axis) for axis in axes)
-        search = compass(origin, [_FACTOR] * len(axes), TRIALS[self.size])
-        best, trials = yield from asking(
+        search = compass(origin, [_FACTOR] * len(axes), self.trials)
+        _, trials = yield from asking(
             search,
             lambda point: self._request(name, setting_at(point), TUNING_SEED, "validation"),
-            lambda result: result.get(metric, float("inf")),
+            lambda result: result.get(metric, math.inf),
         )
-        (result,) = yield [self._request(name, setting_at(best), TUNING_SEED, "validation")]
-        loss = result.get("loss", math.inf)
-        return Chosen(setting_at(best), loss, [(setting_at(point), value) for point, value in trials])
+        tried = sorted(((setting_at(point), value) for point, value in trials), key=lambda t: t[1])
+        finalists = yield from self._final(name, metric, tried[: self._execute.finalists])
+        best, value = min(finalists or tried, key=lambda t: t[1])
+        (result,) = yield [self._request(name, best, TUNING_SEED, "validation")]
+        in_order = [(setting_at(point), value) for point, value in trials]
+        return Chosen(best, value, result.get("loss", math.inf), in_order, finalists)
+
+    def _final(self, name: str, metric: str, best: list[tuple[Setting, float]]) -> Asking:
+        """Means over all tuning seeds, infinite if a run diverged: best on one seed may be the edge of
+        stability.
+        """
+        found = []
+        for setting, value in best:
+            again = [self._request(name, setting, seed, "validation") for seed in MORE_TUNING_SEEDS]
+            results = yield again
+            found.append((setting, fmean([value, *(result.get(metric, math.inf) for result in results)])))
+        return found
 
     def _request(self, method: str, setting: Setting, seed: int, part: tasks.Part) -> Request:
         return training.request(self.task, self.size, method, setting, seed, part)
@@ -166,7 +193,8 @@ class Execute:
         self._effort = LANDSCAPE_EFFORT[size]
         made = _made(*self._arguments)
         self.metric, self.averages = made.metric, made.averages
-        self.rate, self.weight_decay = made.rate, made.weight_decay
+        self.rate, self.weight_decay, self.explore = made.rate, made.weight_decay, made.explore
+        self.trials, self.finalists = made.trials, made.finalists
 
     def __call__(self, request: Request) -> Result:
         task = _made(*self._arguments)
