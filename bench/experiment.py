@@ -3,6 +3,7 @@
     python bench/experiment.py autoencoder           # two CPU cores: an hour
     python bench/experiment.py text --full --device cuda --text enwik8
     python bench/experiment.py autoencoder --quick   # whether it works: seconds
+    python bench/experiment.py labels                # all of the label tasks, and their averages in one table
 
 Every run is kept in bench/results/experiments as it ends, so the same command goes on after an interruption,
 and does nothing but write docs/results again when all is there.
@@ -22,6 +23,7 @@ from experiments.methods import METHODS, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "CTLD, recipe"
+LABELS = "labels"
 PARTS = ("seeds", "ablation", "landscape")
 # of the metrics in the tables, with their digits; the first is what is compared
 METRICS = {
@@ -46,7 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("task", choices=tasks.NAMES)
+    parser.add_argument("task", choices=(*tasks.NAMES, LABELS))
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="cpu")
     sizes.add_argument("--full", dest="size", action="store_const", const="full", help="for a GPU")
@@ -61,15 +63,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
-    size = options.size
+    options.pages.mkdir(parents=True, exist_ok=True)
+    names = tasks.LABELS if options.task == LABELS else [options.task]
     try:
-        ledger = Ledger(options.results / f"{options.task}.{size}.jsonl")
-        work = study.Study(options.task, size, ledger, options.workers, options.text, options.device)
+        pages = [Page(name, options) for name in names]
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options.pages.mkdir(parents=True, exist_ok=True)
-    page = Page(options, work)
+    if options.task == LABELS:
+        write_averages(options, pages)
+        return 0
+    (page,) = pages
     chosen = page.tuning()
     if "seeds" in options.parts:
         page.seeds(chosen)
@@ -81,20 +85,54 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class Page:
-    """The page of a study, and the runs that it needs."""
+def page_name(task: str, size: str) -> str:
+    return task + ("" if size == "cpu" else f"-{size}")
 
-    def __init__(self, options: argparse.Namespace, work: study.Study) -> None:
-        self._work = work
+
+def heading(task: str, size: str) -> str:
+    flag = "" if size == "cpu" else f" --{size}"
+    return f"# {task}: {size}\n\n`python bench/experiment.py {task}{flag}` writes this page.\n"
+
+
+def write_averages(options: argparse.Namespace, pages: list[Page]) -> None:
+    """Writes the pages, and one about the model averages of all of them."""
+    rows = []
+    for page in pages:
+        chosen = page.tuning()
+        page.seeds(chosen)
+        page.write()
+        rows.append(page.averages(chosen))
+    text = (
+        "Test data, 5 seeds, mean ± standard error; differences are paired, below 0 is better but for the "
+        "accuracy. The average is that of CTLD's variants (recipe, tuned, preconditioned) that was best on "
+        "validation data; the point estimates, those of optimizers and of samplers that fine-tuned, are the "
+        "best on the *test* data.\n"
+    )
+    found = "\n".join([heading(LABELS, options.size), text, report.averages_table(rows)])
+    (options.pages / f"{page_name(LABELS, options.size)}.md").write_text(found)
+
+
+class Page:
+    """The page of a study, and the runs that it needs.
+
+    Args:
+        name: of the task.
+        options: of the command line.
+
+    Raises:
+        DataError: the task's data are missing.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        ledger = Ledger(options.results / f"{name}.{options.size}.jsonl")
+        self._work = study.Study(name, options.size, ledger, options.workers, options.text, options.device)
         self._size = options.size
-        self._task = tasks.make(options.task, options.size, options.text)
-        self._metrics = METRICS[options.task.split("-")[0]]
+        self._task = tasks.make(name, options.size, options.text)
+        self._metrics = METRICS[name.split("-")[0]]
         self._digits = next(iter(self._metrics.values()))
-        self._name = options.task + ("" if options.size == "cpu" else f"-{options.size}")
+        self._name = page_name(name, options.size)
         self._pages = options.pages
-        flag = "" if options.size == "cpu" else f" --{options.size}"
-        command = f"python bench/experiment.py {options.task}{flag}"
-        self._sections = [f"# {options.task}: {options.size}\n\n`{command}` writes this page.\n"]
+        self._sections = [heading(name, options.size)]
 
     def tuning(self) -> dict[str, study.Chosen]:
         chosen = self._work.tune()
@@ -121,6 +159,12 @@ class Page:
             "### Trials\n",
             self._trials,
         ]
+
+    def averages(self, chosen: dict[str, study.Chosen]) -> str:
+        settings = self._settings(chosen)
+        results = self._work.fresh(settings, study.SEEDS[self._size])
+        link = f"[{self._task.name}]({self._name}.md)"
+        return report.averages_row(link, settings, results, self._work.validated(settings), self._task.metric)
 
     def ablation(self, chosen: dict[str, study.Chosen]) -> None:
         self._sections.append("## What does the work\n")

@@ -313,21 +313,24 @@ def test_an_ablation_changes_one_thing():
             assert len({json.dumps([m, repr(s)]) for m, s in points.values()}) == len(points)
 
 
+def folders(path):
+    return ["--results", str(path / "results"), "--pages", str(path / "pages")]
+
+
 @pytest.mark.parametrize("name", ["text", "autoencoder", "labels-mlp-20"])
 def test_a_quick_study(tmp_path, name):
     make(name)
     # the ablation is the longest part
     parts = [] if name == "text" else ["--parts", "seeds", "landscape"]
-    arguments = [name, "--quick", "--workers", "0", "--text", str(TEXT), *parts]
-    folders = ["--results", str(tmp_path / "results"), "--pages", str(tmp_path / "pages")]
-    assert experiment.main([*arguments, *folders]) == 0
+    arguments = [name, "--quick", "--workers", "0", "--text", str(TEXT), *parts, *folders(tmp_path)]
+    assert experiment.main(arguments) == 0
     runs = (tmp_path / "results" / f"{name}.quick.jsonl").read_text()
     page = (tmp_path / "pages" / f"{name}-quick.md").read_text()
     if name == "text":
         assert "none" not in page
     assert "SGD, momentum" in page and "CTLD, recipe" in page
     # all is there: nothing is run, the page is the same
-    assert experiment.main([*arguments, *folders]) == 0
+    assert experiment.main(arguments) == 0
     assert (tmp_path / "results" / f"{name}.quick.jsonl").read_text() == runs
     assert (tmp_path / "pages" / f"{name}-quick.md").read_text() == page
 
@@ -381,6 +384,56 @@ def test_what_is_taken_home_is_chosen_by_the_mean_over_the_tuning_seeds(tmp_path
     work._execute = Runs()
     runs = {"a": ("ctld", methods.Setting(0.1)), "b": ("sghmc", methods.Setting(0.1))}
     assert work.deployed(runs) == {"a": "bits", "b": "average_bits"}
+
+
+def result(nll, average=None, ece=0.5, accuracy=0.5):
+    found = {"nll": nll, "ece": ece, "scaled_ece": ece / 2}
+    if average is not None:
+        found |= {"average_nll": average, "average_ece": ece / 4, "average_scaled_ece": ece / 8}
+        found["average_accuracy"] = accuracy
+    return found
+
+
+def test_averages_meet_the_best_point_estimate_of_any_method():
+    """CTLD's variant is chosen on validation data; its rival, maybe its own network, on the test data."""
+    settings = {
+        "recipe": ("ctld", methods.Setting(0.1)),
+        "tuned": ("ctld", methods.Setting(0.2)),
+        "sghmc": ("sghmc", methods.Setting(0.2)),
+        "cyclical": ("cyclical", methods.Setting(0.2)),
+        "sgd": ("sgd", methods.Setting(0.2)),
+    }
+    results = {
+        "recipe": [result(1.0, 0.9), result(2.0, 1.7)],
+        "tuned": [result(5.0, 0.1), result(5.0, 0.1)],
+        "sghmc": [result(5.0, 0.1, accuracy=0.4), result(5.0, 0.1, accuracy=0.4)],
+        "cyclical": [result(5.0, 0.1, accuracy=0.4), result(5.0, 0.1, accuracy=0.9)],
+        "sgd": [result(1.7, ece=0.1), result(1.9, ece=0.1)],
+    }
+    validated = {label: {"average_nll": 1.0 if label == "recipe" else 2.0} for label in settings}
+    cells = [c.strip() for c in report.averages_row("task", settings, results, validated, "nll").split("|")]
+    assert cells[1:6] == [
+        "task",
+        "recipe",
+        "1.3000 ± 0.4000",
+        "1.5000 ± 0.5000 (recipe)",
+        "-0.2000 ± 0.1000",
+    ]
+    assert cells[6:9] == ["0.1250 ± 0.0000", "0.1000 ± 0.0000 (sgd)", "0.0250 ± 0.0000"]
+    assert cells[12:15] == ["0.5000 ± 0.0000", "0.6500 ± 0.2500 (cyclical)", "-0.1500 ± 0.2500"]
+    row = report.averages_row("task", settings, results, validated, "nll")
+    head, rule, line, _ = report.averages_table([row]).split("\n")
+    assert head.count("|") == rule.count("|") == line.count("|")
+
+
+def test_all_label_tasks_at_once(tmp_path, monkeypatch):
+    make("labels-mlp-0")
+    monkeypatch.setattr(tasks, "LABELS", ("labels-cnn-30",))  # one of nine, to save time
+    assert experiment.main(["labels", "--quick", "--workers", "0", *folders(tmp_path)]) == 0
+    page = (tmp_path / "pages" / "labels-quick.md").read_text()
+    assert "`python bench/experiment.py labels --quick`" in page
+    assert "[labels-cnn-30](labels-cnn-30-quick.md)" in page
+    assert (tmp_path / "pages" / "labels-cnn-30-quick.md").exists()
 
 
 def test_missing_data_are_said(tmp_path, monkeypatch, capsys):

@@ -93,6 +93,47 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def averages_row(
+    name: str,
+    settings: dict[str, Run],
+    results: dict[str, list[Result]],
+    validated: dict[str, Result],
+    metric: str,
+) -> str:
+    """Of :func:`averages_table`: one task."""
+    average = f"average_{metric}"
+    ours = min(
+        (label for label, (method, _) in settings.items() if method in ("ctld", "ctld-rms")),
+        key=lambda label: validated[label][average],
+    )
+    cells = [name, ours]
+    for other, digits in ((metric, 4), ("ece", 4), ("scaled_ece", 4)):
+        own = column(results[ours], f"average_{other}")
+        best = min(results, key=lambda label: mean_and_error(column(results[label], other))[0])
+        points = column(results[best], other)
+        cells += [_cell(own, digits), f"{_cell(points, digits)} ({best})", _cell(paired(own, points), digits)]
+    own = column(results[ours], "average_accuracy")
+    peers = [label for label, (method, _) in settings.items() if method in ("sghmc", "sghmc-rms", "cyclical")]
+    found = {
+        label: [result.get("average_accuracy", -math.inf) for result in results[label]] for label in peers
+    }
+    best = max(peers, key=lambda label: statistics.fmean(found[label]))
+    cells += [_cell(own, 4), f"{_cell(found[best], 4)} ({best})", _cell(paired(own, found[best]), 4)]
+    return _row(cells)
+
+
+def averages_table(rows: Sequence[str]) -> str:
+    """CTLD's model average against the best point estimate of any method on the test data, and in accuracy
+    against the best average of the other samplers; of CTLD's variants, the one that was best on validation
+    data.
+    """
+    head = ["", "average of"]
+    for name in ("NLL", "calibration error", "the same, after the best scaling"):
+        head += [name, "best point estimate", "difference"]
+    head += ["accuracy", "best average of SGHMC and cyclical SGHMC", "difference"]
+    return "\n".join([_row(head), _row(["---"] * 2 + ["---:"] * (len(head) - 2)), *rows]) + "\n"
+
+
 def trials_table(chosen: dict[str, Chosen], digits: int) -> str:
     """The trials of each method; and where the best were run again, their means over all tuning seeds."""
 

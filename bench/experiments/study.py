@@ -114,6 +114,22 @@ class Study:
             for label, points in figure.series.items()
         }
 
+    def validated(self, settings: dict[str, Run]) -> dict[str, Result]:
+        """Means over the tuning seeds of what judges the trained model and the average over draws, by label.
+
+        Infinite where a run diverged, or gave no draw.
+        """
+        seeds = (TUNING_SEED, *MORE_TUNING_SEEDS)
+        askings = [
+            _ask_at_once([self._request(name, setting, seed, "validation") for seed in seeds])
+            for name, setting in settings.values()
+        ]
+        names = (self._execute.metric, f"average_{self._execute.metric}")
+        return {
+            label: {name: fmean(result.get(name, math.inf) for result in results) for name in names}
+            for label, results in zip(settings, self._carry_out(askings), strict=True)
+        }
+
     def deployed(self, settings: dict[str, Run]) -> dict[str, str]:
         """The metric of what a user would take home, by label.
 
@@ -123,16 +139,8 @@ class Study:
         metric, average = self._execute.metric, f"average_{self._execute.metric}"
         if not self._execute.averages:
             return dict.fromkeys(settings, metric)
-        seeds = (TUNING_SEED, *MORE_TUNING_SEEDS)
-        askings = [
-            _ask_at_once([self._request(name, setting, seed, "validation") for seed in seeds])
-            for name, setting in settings.values()
-        ]
-        found = {}
-        for label, results in zip(settings, self._carry_out(askings), strict=True):
-            means = {m: fmean(result.get(m, math.inf) for result in results) for m in (metric, average)}
-            found[label] = average if means[average] < means[metric] else metric
-        return found
+        means = self.validated(settings)
+        return {label: average if m[average] < m[metric] else metric for label, m in means.items()}
 
     def judged_by(self, method: str) -> str:
         """The metric that settings are chosen by: that of the model average where there is one."""

@@ -385,12 +385,8 @@ def _permuted(labels: Tensor, share: float, generator: torch.Generator) -> Tenso
 
 # ------------------------------------------------------------------------------------------- by name
 
-NAMES = (
-    "autoencoder",
-    "autoencoder-fashion",
-    "text",
-    *(f"labels-{network}-{share}" for network in ("mlp", "cnn", "lstm") for share in (0, 20, 30)),
-)
+LABELS = tuple(f"labels-{network}-{share}" for network in ("mlp", "cnn", "lstm") for share in (0, 20, 30))
+NAMES = ("autoencoder", "autoencoder-fashion", "text", *LABELS)
 
 
 def make(name: str, size: Size, text: Path | None = None) -> Task:
