@@ -98,6 +98,13 @@ def test_what_was_run_is_not_run_again(tmp_path, workers):
     assert again == [[9, 1]]
 
 
+def test_a_run_without_draws_is_judged_by_its_trained_model():
+    runs = [{"nll": 3.0, "average_nll": 2.0}, {"nll": 5.0}, {}]
+    assert ledger.column(runs, "average_nll") == [2.0, math.inf, math.inf]
+    assert ledger.column(runs, "average_nll", fall_back=True) == [2.0, 5.0, math.inf]
+    assert ledger.column(runs, "nll", fall_back=True) == [3.0, 5.0, math.inf]
+
+
 def test_an_interrupted_study_goes_on(tmp_path):
     path = tmp_path / "squares.jsonl"
     with pytest.raises(ZeroDivisionError):

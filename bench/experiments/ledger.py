@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -12,6 +13,19 @@ Request = dict[str, Any]
 Result = dict[str, float]
 # asks for runs, is sent their results, ends with an answer
 Asking = Generator[list[Request], list[Result], Any]
+
+
+def column(results: Iterable[Result], metric: str, fall_back: bool = False) -> list[float]:
+    """One metric of several runs; inf where a run has none.
+
+    ``fall_back``: where a run has no average, because there was no draw, it is that of its trained model.
+    """
+
+    def value(result: Result) -> float:
+        other = result.get(metric.removeprefix("average_"), math.inf) if fall_back else math.inf
+        return result.get(metric, other)
+
+    return [value(result) for result in results]
 
 
 class Ledger:

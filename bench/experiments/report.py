@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .ablation import Figure, Run
-from .ledger import Result
+from .ledger import Result, column
 from .methods import METHODS, Setting
 from .study import Chosen
 from .tasks import Task
@@ -40,10 +40,6 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(values, reference, strict=True)]
 
 
-def column(results: Sequence[Result], metric: str) -> list[float]:
-    return [result.get(metric, math.inf) for result in results]
-
-
 def main_table(
     settings: dict[str, Run],
     results: dict[str, list[Result]],
@@ -62,7 +58,7 @@ def main_table(
     names = [name.replace("_", " ") for name in metrics]
     head = ["", "setting", *names, f"minus {reference}", "time"]
     lines = [_row(head), _row(["---", "---", *["---:"] * (len(names) + 2)])]
-    own = column(results[reference], deployed[reference])
+    own = column(results[reference], deployed[reference], fall_back=True)
     for label, (_, setting) in settings.items():
         rows = results[label]
         cells = [label, str(setting)]
@@ -70,7 +66,7 @@ def main_table(
             _cell(column(rows, name), d) if any(name in r for r in rows) else ""
             for name, d in metrics.items()
         ]
-        values = column(rows, deployed[label])
+        values = column(rows, deployed[label], fall_back=True)
         cells.append("" if label == reference else _cell(paired(values, own), digits))
         cells.append(f"{costs[label]:.2f}")
         lines.append(_row(cells))
@@ -82,7 +78,7 @@ def main_table(
     if averaged:
         remark += (
             " The difference is that of the trained models, or of the average over draws where it was better "
-            f"on validation data ({', '.join(averaged)})."
+            f"on validation data ({', '.join(averaged)}) and there was a draw."
         )
     if any(mark in line for line in lines[2:] for mark in (_NONE, " of ")):
         remark += f' "{_NONE}" and "k of n": runs diverged, or gave no draw to average.'

@@ -13,7 +13,7 @@ import torch
 
 from . import tasks, training
 from .ablation import Figure, Run
-from .ledger import Asking, Ledger, Request, Result, carry_out
+from .ledger import Asking, Ledger, Request, Result, carry_out, column
 from .methods import METHODS, Setting
 from .search import asking, compass
 
@@ -117,7 +117,7 @@ class Study:
     def validated(self, settings: dict[str, Run]) -> dict[str, Result]:
         """Means over the tuning seeds of what judges the trained model and the average over draws, by label.
 
-        Infinite where a run diverged, or gave no draw.
+        Infinite where a run diverged; one that gave no draw has its trained model for an average.
         """
         seeds = (TUNING_SEED, *MORE_TUNING_SEEDS)
         askings = [
@@ -126,7 +126,7 @@ class Study:
         ]
         names = (self._execute.metric, f"average_{self._execute.metric}")
         return {
-            label: {name: fmean(result.get(name, math.inf) for result in results) for name in names}
+            label: {name: fmean(column(results, name, fall_back=True)) for name in names}
             for label, results in zip(settings, self._carry_out(askings), strict=True)
         }
 
