@@ -103,7 +103,8 @@ def write_averages(options: argparse.Namespace, pages: list[Page]) -> None:
         page.write()
         rows.append(page.averages(chosen))
     text = (
-        "Test data, 5 seeds, mean ± standard error; differences are paired, below 0 is better but for the "
+        f"Test data, {study.SEEDS[options.size]} seeds, mean ± standard error; differences are paired, below 0 "
+        "is better but for the "
         "accuracy. The average is that of CTLD's variants (recipe, tuned, preconditioned) that was best on "
         "validation data; the point estimates, those of optimizers and of samplers that fine-tuned, are the "
         "best on the *test* data.\n"

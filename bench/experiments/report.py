@@ -103,11 +103,11 @@ def averages_row(
         key=lambda label: validated[label][average],
     )
     cells = [name, ours]
-    for other, digits in ((metric, 4), ("ece", 4), ("scaled_ece", 4)):
+    for other in (metric, "ece", "scaled_ece"):
         own = column(results[ours], f"average_{other}")
         best = min(results, key=lambda label: mean_and_error(column(results[label], other))[0])
         points = column(results[best], other)
-        cells += [_cell(own, digits), f"{_cell(points, digits)} ({best})", _cell(paired(own, points), digits)]
+        cells += [_cell(own, 4), f"{_cell(points, 4)} ({best})", _cell(paired(own, points), 4)]
     own = column(results[ours], "average_accuracy")
     peers = [label for label, (method, _) in settings.items() if method in ("sghmc", "sghmc-rms", "cyclical")]
     found = {

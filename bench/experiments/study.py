@@ -89,8 +89,13 @@ class Study:
 
         ``part`` "landscape": what :func:`.training.surroundings` finds.
         """
+        return self._on_seeds(settings, [TUNING_SEED + 1 + k for k in range(seeds)], part)
+
+    def _on_seeds(
+        self, settings: dict[str, Run], seeds: list[int], part: tasks.Part
+    ) -> dict[str, list[Result]]:
         askings = [
-            _ask_at_once([self._request(name, setting, TUNING_SEED + 1 + k, part) for k in range(seeds)])
+            _ask_at_once([self._request(name, setting, seed, part) for seed in seeds])
             for name, setting in settings.values()
         ]
         return dict(zip(settings, self._carry_out(askings), strict=True))
@@ -119,15 +124,11 @@ class Study:
 
         Infinite where a run diverged; one that gave no draw has its trained model for an average.
         """
-        seeds = (TUNING_SEED, *MORE_TUNING_SEEDS)
-        askings = [
-            _ask_at_once([self._request(name, setting, seed, "validation") for seed in seeds])
-            for name, setting in settings.values()
-        ]
         names = (self._execute.metric, f"average_{self._execute.metric}")
+        found = self._on_seeds(settings, [TUNING_SEED, *MORE_TUNING_SEEDS], "validation")
         return {
             label: {name: fmean(column(results, name, fall_back=True)) for name in names}
-            for label, results in zip(settings, self._carry_out(askings), strict=True)
+            for label, results in found.items()
         }
 
     def deployed(self, settings: dict[str, Run]) -> dict[str, str]:
@@ -162,17 +163,17 @@ class Study:
 
         origin = tuple(getattr(start, axis) for axis in axes)
         search = compass(origin, [_FACTOR] * len(axes), self.trials)
-        _, trials = yield from asking(
+        _, points = yield from asking(
             search,
             lambda point: self._request(name, setting_at(point), TUNING_SEED, "validation"),
             lambda result: result.get(metric, math.inf),
         )
-        tried = sorted(((setting_at(point), value) for point, value in trials), key=lambda t: t[1])
-        finalists = yield from self._final(name, metric, tried[: self._execute.finalists])
-        best, value = min(finalists or tried, key=lambda t: t[1])
+        trials = [(setting_at(point), value) for point, value in points]
+        best_first = sorted(trials, key=lambda trial: trial[1])
+        finalists = yield from self._final(name, metric, best_first[: self._execute.finalists])
+        best, value = min(finalists or trials, key=lambda trial: trial[1])
         (result,) = yield [self._request(name, best, TUNING_SEED, "validation")]
-        in_order = [(setting_at(point), value) for point, value in trials]
-        return Chosen(best, value, result.get("loss", math.inf), in_order, finalists)
+        return Chosen(best, value, result.get("loss", math.inf), trials, finalists)
 
     def _final(self, name: str, metric: str, best: list[tuple[Setting, float]]) -> Asking:
         """Means over all tuning seeds, infinite if a run diverged: best on one seed may be the edge of
@@ -180,9 +181,8 @@ class Study:
         """
         found = []
         for setting, value in best:
-            again = [self._request(name, setting, seed, "validation") for seed in MORE_TUNING_SEEDS]
-            results = yield again
-            found.append((setting, fmean([value, *(result.get(metric, math.inf) for result in results)])))
+            results = yield [self._request(name, setting, s, "validation") for s in MORE_TUNING_SEEDS]
+            found.append((setting, fmean([value, *column(results, metric)])))
         return found
 
     def _request(self, method: str, setting: Setting, seed: int, part: tasks.Part) -> Request:
