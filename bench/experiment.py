@@ -103,11 +103,10 @@ def write_averages(options: argparse.Namespace, pages: list[Page]) -> None:
         page.write()
         rows.append(page.averages(chosen))
     text = (
-        f"Test data, {study.SEEDS[options.size]} seeds, mean ± standard error; differences are paired, below 0 "
-        "is better but for the "
-        "accuracy. The average is that of CTLD's variants (recipe, tuned, preconditioned) that was best on "
-        "validation data; the point estimates, those of optimizers and of samplers that fine-tuned, are the "
-        "best on the *test* data.\n"
+        f"Test data, {study.SEEDS[options.size]} seeds, mean ± standard error; differences are paired, below "
+        "0 is better but for the accuracy. The average is that of CTLD's variants (recipe, tuned, "
+        "preconditioned) that was best on validation data; the point estimates, those of optimizers and of "
+        "samplers that fine-tuned, are the best on the *test* data.\n"
     )
     found = "\n".join([heading(LABELS, options.size), text, report.averages_table(rows)])
     (options.pages / f"{page_name(LABELS, options.size)}.md").write_text(found)
