@@ -280,7 +280,7 @@ def test_going_there_and_back_changes_no_bit(backend, seed):
     for _ in range(12):
         p.grad = torch.randn(2000, generator=generator) * torch.exp2(torch.linspace(-25, 25, 2000))
         optimizer.step()
-    assert float(scales_of(optimizer)[0].max() / scales_of(optimizer)[0].min()) > 16
+    assert float(scales_of(optimizer)[0].max() / scales_of(optimizer)[0].min()) >= 16
     moved = (p.detach() - before).abs() / before.abs()
     assert int((moved > 0).sum()) < 40 and float(moved.max()) < 1e-6
 
