@@ -52,13 +52,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="cpu")
     sizes.add_argument("--full", dest="size", action="store_const", const="full", help="for a GPU")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="of one task's study; default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one alone")
     parser.add_argument("--text", type=Path, help="a file for the text task, instead of the King James Bible")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "experiments")
     parser.add_argument("--pages", type=Path, default=ROOT / "docs" / "results")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.task == LABELS and options.parts:
+        parser.error(f"--parts is for one task: {LABELS} does the seeds of its tasks")
+    options.parts = options.parts or PARTS
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

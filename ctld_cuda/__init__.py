@@ -4,7 +4,7 @@ from .backends import backend_info
 from .optimizer import CTLD
 from .posterior import Draws, PosteriorSamples
 from .preconditioner import RMSPreconditioner
-from .recipe import settings_from, suggest_temperature
+from .recipe import settings_from, suggest_temperature, suggest_tempering
 from .schedules import explore_then_finetune
 from .tempering import AdaptiveForce, Metadynamics, Tempering
 
@@ -20,5 +20,6 @@ __all__ = [
     "explore_then_finetune",
     "settings_from",
     "suggest_temperature",
+    "suggest_tempering",
 ]
 __version__ = "0.1.0"

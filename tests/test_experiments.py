@@ -171,17 +171,24 @@ def test_without_noise_and_momentum_steps_are_those_of_torch(name):
     """Every method moves its parameters, by what its optimizer says."""
     method = methods.METHODS[name]
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    trainer = method.make(method.begin(0.03, None), [p], 10, 100, 0)
+    trainer = method.make(method.begin(0.03, None, 0.6, 100), [p], 10, 100, 0)
     before = p.detach().clone()
     p.grad = torch.tensor([0.5, 0.25])
     trainer.step(0, torch.tensor(1.0))
     assert not torch.equal(p.detach(), before) and p.isfinite().all()
 
 
+def test_the_temperature_moves_as_the_library_suggests():
+    ctld = methods.METHODS["ctld"]
+    assert ctld.begin(1.0, None, 0.9, 1000).tempering == {"flat": 0.8, "step_size": 12 / 900}
+    assert ctld.begin(1.0, None, 0.6, 4000).tempering == {"flat": 0.8}  # the step is the default
+    assert methods.METHODS["sghmc"].begin(1.0, None, 0.9, 1000).tempering is None
+
+
 def test_draws_are_taken_when_the_noise_is_on():
     cyclical = methods.METHODS["cyclical"]
     p = torch.nn.Parameter(torch.zeros(1))
-    trainer = cyclical.make(cyclical.begin(0.03, None), [p], 10, 100, 0)
+    trainer = cyclical.make(cyclical.begin(0.03, None, 0.6, 100), [p], 10, 100, 0)
     draws = [done for done in np.arange(0, 1, 0.01) if trainer.is_draw(done)]
     assert len(draws) == 20 and min(draws) == pytest.approx(0.2) and 0.19 not in draws
 
@@ -312,12 +319,16 @@ def test_means_and_paired_differences():
     assert report.mean_and_error([1.0, math.inf])[0] == math.inf
 
 
-def test_an_ablation_changes_one_thing():
-    base = methods.Setting(0.1, 0.02, tempering={})
-    for figure in ablation.figures(base).values():
+@pytest.mark.parametrize("tempering", [{}, {"flat": 0.8, "step_size": 0.0125}])
+def test_an_ablation_changes_one_thing(tempering):
+    base = methods.Setting(0.1, 0.02, tempering=tempering)
+    figures = ablation.figures(base)
+    for figure in figures.values():
         for points in figure.series.values():
             assert len(points) >= 2
             assert len({json.dumps([m, repr(s)]) for m, s in points.values()}) == len(points)
+    assert ("ctld", base) in figures["coupling"].series["CTLD"].values()
+    assert "step_size" not in figures["coupling"].series["CTLD"]["exact"][1].tempering
 
 
 def folders(path):
@@ -346,7 +357,7 @@ class Edge:
     """In place of runs: a valley of the learning rate with a cliff, where it is on half of the seeds."""
 
     metric, averages = "bits", True
-    rate, weight_decay, explore, trials, finalists = 1.0, None, 0.9, 12, 3
+    rate, weight_decay, explore, steps, trials, finalists = 1.0, None, 0.9, 1000, 12, 3
 
     def __init__(self):
         self.asked = []
@@ -441,6 +452,13 @@ def test_all_label_tasks_at_once(tmp_path, monkeypatch):
     assert "`python bench/experiment.py labels --quick`" in page
     assert "[labels-cnn-30](labels-cnn-30-quick.md)" in page
     assert (tmp_path / "pages" / "labels-cnn-30-quick.md").exists()
+
+
+def test_all_label_tasks_have_no_other_parts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(["labels", "--quick", "--parts", "ablation", *folders(tmp_path)])
+    assert "--parts" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_data_are_said(tmp_path, monkeypatch, capsys):

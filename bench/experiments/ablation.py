@@ -85,7 +85,11 @@ def figures(base: Setting) -> dict[str, Figure]:
                     "constant temperature": ("sghmc", constant),
                     "moving freely": ("ctld", _with(base, coupling_strength=UNCOUPLED)),
                 }
-                | {name: ("ctld", _with(base, coupling=name)) for name in ("standardized", "exact")}
+                | {
+                    "standardized": ("ctld", base),
+                    # its step follows from the dimension
+                    "exact": ("ctld", _with(base, coupling="exact", step_size=_default("step_size"))),
+                }
             },
         ),
         "bias": Figure(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
-from ctld_cuda import CTLD, AdaptiveForce, RMSPreconditioner, Tempering
+from ctld_cuda import CTLD, AdaptiveForce, RMSPreconditioner, Tempering, suggest_tempering
+from ctld_cuda.tempering import default_step_size
 
 Tensor = torch.Tensor
 
@@ -212,6 +213,15 @@ class CyclicalTrainer(SGLDTrainer):
         return done * CYCLES % 1.0 >= NOISE_FREE
 
 
+def options_of(tempering: Tempering) -> dict[str, Any]:
+    """For a setting: what differs from the defaults."""
+    default = Tempering()
+    found = {f.name: getattr(tempering, f.name) for f in fields(tempering)}
+    if found["step_size"] == default_step_size(tempering, 1):
+        found["step_size"] = None
+    return {name: value for name, value in found.items() if value != getattr(default, name)}
+
+
 Make = Callable[[Setting, list[Tensor], int, int, int], Trainer]
 
 
@@ -267,7 +277,8 @@ class Method:
     Attributes:
         label: for tables.
         make: makes a run's trainer.
-        start: where the search for good settings begins, at a learning rate of 1 where ``relative``.
+        start: where the search for good settings begins, at a learning rate of 1 where ``relative``; a
+            moving temperature moves as the library suggests for the length of the exploration.
         relative: whether learning rates are of SGD's kind, so that the search begins at a multiple of the
             task's.
         decay: weight decay where the search begins, as a multiple of the task's.
@@ -279,10 +290,16 @@ class Method:
     relative: bool = True
     decay: float = 1.0
 
-    def begin(self, rate: float, weight_decay: float | None) -> Setting:
+    def begin(self, rate: float, weight_decay: float | None, explore: float, steps: int) -> Setting:
         """Where the search begins on a task whose settings for SGD are about these."""
-        found = replace(self.start, lr=self.start.lr * rate) if self.relative else self.start
-        return found if weight_decay is None else replace(found, weight_decay=self.decay * weight_decay)
+        found = replace(self.start, explore=explore)
+        if self.relative:
+            found = replace(found, lr=found.lr * rate)
+        if weight_decay is not None:
+            found = replace(found, weight_decay=self.decay * weight_decay)
+        if found.tempering is not None:
+            found = replace(found, tempering=options_of(suggest_tempering(max(1, round(explore * steps)))))
+        return found
 
     @property
     def samples(self) -> bool:
@@ -291,8 +308,7 @@ class Method:
 
 # T0 where the search begins
 TEMPERATURE = 0.03
-# twice the default's window: half of the time is spent at T0, and draws are not rare
-TEMPERING: dict[str, Any] = {"flat": 0.8}
+MOVING: dict[str, Any] = {}  # as suggested for the length of the exploration
 # of the steps, during which a preconditioner is learned: those before any draw
 ADAPT = 0.3
 
@@ -305,12 +321,12 @@ def conditioned(adam: Setting, **changes: Any) -> Setting:
 ADAM, ADAMW = Setting(0.003), Setting(0.003, weight_decay=0.01)
 
 METHODS = {
-    "ctld": Method("CTLD", _ctld, Setting(1.0, TEMPERATURE, tempering=TEMPERING)),
+    "ctld": Method("CTLD", _ctld, Setting(1.0, TEMPERATURE, tempering=MOVING)),
     "sghmc": Method("SGHMC, then fine-tuning", _ctld, Setting(1.0, TEMPERATURE)),
     "ctld-rms": Method(
         "CTLD, preconditioned",
         _ctld,
-        conditioned(ADAMW, temperature=TEMPERATURE, tempering=TEMPERING),
+        conditioned(ADAMW, temperature=TEMPERATURE, tempering=MOVING),
         False,
         100.0,
     ),

@@ -9,7 +9,7 @@ import torch
 
 from ctld_cuda import settings_from
 
-from .methods import MOMENTUM, Setting
+from .methods import MOMENTUM, Setting, options_of
 from .study import Chosen
 from .tasks import Task
 
@@ -35,6 +35,6 @@ def setting(task: Task, tuned: Mapping[str, Chosen]) -> Setting:
         lr=settings["lr"],
         temperature=settings["temperature"],
         explore=settings["explore_steps"] / task.steps,
-        tempering={"flat": settings["tempering"].flat},
+        tempering=options_of(settings["tempering"]),
         adapt=preconditioner and preconditioner.adapt_steps / task.steps,
     )

@@ -149,8 +149,8 @@ class Study:
         return f"average_{self._execute.metric}" if averages else self._execute.metric
 
     def _tuning(self, name: str) -> Asking:
-        start = METHODS[name].begin(self._execute.rate, self._execute.weight_decay)
-        start = replace(start, explore=self._execute.explore)
+        made = self._execute
+        start = METHODS[name].begin(made.rate, made.weight_decay, made.explore, made.steps)
         metric = self.judged_by(name)
         axes = ["lr"]
         if start.temperature is not None:
@@ -202,7 +202,7 @@ class Execute:
         made = _made(*self._arguments)
         self.metric, self.averages = made.metric, made.averages
         self.rate, self.weight_decay, self.explore = made.rate, made.weight_decay, made.explore
-        self.trials, self.finalists = made.trials, made.finalists
+        self.steps, self.trials, self.finalists = made.steps, made.trials, made.finalists
 
     def __call__(self, request: Request) -> Result:
         task = _made(*self._arguments)
