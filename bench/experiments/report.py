@@ -153,40 +153,48 @@ def landscape_table(results: dict[str, list[Result]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shown(task: Task) -> list[str]:
+    """What figures show: the metric of the trained model, and of the average where that is what counts."""
+    return [task.metric, f"average_{task.metric}"] if task.averages else [task.metric]
+
+
 def draw(figure: Figure, results: dict[str, list[list[Result]]], task: Task, path: Path) -> None:
-    """A curve per series: means and standard errors of the task's metric."""
+    """A curve per series: means and standard errors of the task's metric; of averages, dashed."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(5.5, 3.5), layout="constrained")
     axes = canvas.subplots()
-    for label, points in figure.series.items():
+    for number, (label, points) in enumerate(figure.series.items()):
         places = list(points)
-        found = [mean_and_error(column(rows, task.metric)) for rows in results[label]]
-        means = [m if math.isfinite(m) else math.nan for m, _ in found]
-        errors = [e if math.isfinite(e) else 0.0 for _, e in found]
-        axes.errorbar(
-            places if figure.axis else [str(place) for place in places],
-            means,
-            errors,
-            marker="o",
-            linestyle="-" if figure.axis else "none",
-            label=label,
-        )
+        for name in _shown(task):
+            average = name != task.metric
+            found = [mean_and_error(column(rows, name)) for rows in results[label]]
+            means = [m if math.isfinite(m) else math.nan for m, _ in found]
+            errors = [e if math.isfinite(e) else 0.0 for _, e in found]
+            axes.errorbar(
+                places if figure.axis else [str(place) for place in places],
+                means,
+                errors,
+                color=f"C{number}",
+                marker="s" if average else "o",
+                fillstyle="none" if average else "full",
+                linestyle=("--" if average else "-") if figure.axis else "none",
+                label=f"{label}, average" if average else label,
+            )
     if figure.logarithmic:
         axes.set_xscale("log")
     axes.set(title=figure.title, xlabel=figure.axis, ylabel=f"test, {task.unit}")
-    if len(figure.series) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend()
     canvas.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def figure_table(figure: Figure, results: dict[str, list[list[Result]]], task: Task, digits: int) -> str:
-    lines = [
-        _row(["", figure.axis or "variant", f"{task.metric.replace('_', ' ')}"]),
-        _row(["---", "---:", "---:"]),
-    ]
+    names = _shown(task)
+    head = ["", figure.axis or "variant", *(name.replace("_", " ") for name in names)]
+    lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
     for label, points in figure.series.items():
         for place, rows in zip(points, results[label], strict=True):
-            name = f"{place:g}" if isinstance(place, float) else place
-            lines.append(_row([label, name, _cell(column(rows, task.metric), digits)]))
+            place_name = f"{place:g}" if isinstance(place, float) else place
+            lines.append(_row([label, place_name, *(_cell(column(rows, name), digits) for name in names)]))
     return "\n".join(lines) + "\n"
