@@ -24,6 +24,8 @@ from experiments.methods import METHODS, Setting
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "CTLD, recipe"
 LABELS = "labels"
+# of the label tasks, those with all parts: one whose averages are level with the best network, one ahead
+EXPLAINED = ("labels-cnn-20", "labels-lstm-20")
 PARTS = ("seeds", "ablation", "landscape")
 # of the metrics in the tables, with their digits; the first is what is compared
 METRICS = {
@@ -60,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pages", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args(argv)
     if options.task == LABELS and options.parts:
-        parser.error(f"--parts is for one task: {LABELS} does the seeds of its tasks")
+        parser.error(f"--parts is for one task: {LABELS} knows which its tasks have")
     options.parts = options.parts or PARTS
     return options
 
@@ -104,6 +106,9 @@ def write_averages(options: argparse.Namespace, pages: list[Page]) -> None:
     for page in pages:
         chosen = page.tuning()
         page.seeds(chosen)
+        if page.task in EXPLAINED:
+            page.ablation(chosen)
+            page.landscape(chosen)
         page.write()
         rows.append(page.averages(chosen))
     text = (
@@ -123,6 +128,9 @@ class Page:
         name: of the task.
         options: of the command line.
 
+    Attributes:
+        task: its name.
+
     Raises:
         DataError: the task's data are missing.
     """
@@ -130,6 +138,7 @@ class Page:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         ledger = Ledger(options.results / f"{name}.{options.size}.jsonl")
         self._work = study.Study(name, options.size, ledger, options.workers, options.text, options.device)
+        self.task = name
         self._size = options.size
         self._task = tasks.make(name, options.size, options.text)
         self._metrics = METRICS[name.split("-")[0]]

@@ -454,7 +454,7 @@ def test_all_label_tasks_at_once(tmp_path, monkeypatch):
     assert (tmp_path / "pages" / "labels-cnn-30-quick.md").exists()
 
 
-def test_all_label_tasks_have_no_other_parts(tmp_path, capsys):
+def test_all_label_tasks_have_their_parts(tmp_path, capsys):
     with pytest.raises(SystemExit):
         experiment.main(["labels", "--quick", "--parts", "ablation", *folders(tmp_path)])
     assert "--parts" in capsys.readouterr().err
