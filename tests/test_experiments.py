@@ -171,7 +171,7 @@ def test_without_noise_and_momentum_steps_are_those_of_torch(name):
     """Every method moves its parameters, by what its optimizer says."""
     method = methods.METHODS[name]
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    trainer = method.make(method.begin(0.03, None, 0.6, 100), [p], 10, 100, 0)
+    trainer = method.make(method.begin(make()), [p], 10, 100, 0)
     before = p.detach().clone()
     p.grad = torch.tensor([0.5, 0.25])
     trainer.step(0, torch.tensor(1.0))
@@ -179,16 +179,25 @@ def test_without_noise_and_momentum_steps_are_those_of_torch(name):
 
 
 def test_the_temperature_moves_as_the_library_suggests():
-    ctld = methods.METHODS["ctld"]
-    assert ctld.begin(1.0, None, 0.9, 1000).tempering == {"flat": 0.8, "step_size": 12 / 900}
-    assert ctld.begin(1.0, None, 0.6, 4000).tempering == {"flat": 0.8}  # the step is the default
-    assert methods.METHODS["sghmc"].begin(1.0, None, 0.9, 1000).tempering is None
+    task, ctld = make("labels-cnn-0"), methods.METHODS["ctld"]
+    task.steps, task.explore = 1000, 0.9
+    assert ctld.begin(task).tempering == {"flat": 0.8, "step_size": 12 / 900}
+    task.steps = 4000
+    assert ctld.begin(task).tempering == {"flat": 0.8}  # the step is the default
+    assert methods.METHODS["sghmc"].begin(task).tempering is None
+
+
+def test_draws_are_at_their_temperature_where_they_count():
+    moving = [method for method in methods.METHODS.values() if method.start.tempering is not None]
+    assert len(moving) == 2
+    for method in moving:
+        assert method.begin(make("labels-mlp-20")).thermostat and not method.begin(make("text")).thermostat
 
 
 def test_draws_are_taken_when_the_noise_is_on():
     cyclical = methods.METHODS["cyclical"]
     p = torch.nn.Parameter(torch.zeros(1))
-    trainer = cyclical.make(cyclical.begin(0.03, None, 0.6, 100), [p], 10, 100, 0)
+    trainer = cyclical.make(cyclical.begin(make()), [p], 10, 100, 0)
     draws = [done for done in np.arange(0, 1, 0.01) if trainer.is_draw(done)]
     assert len(draws) == 20 and min(draws) == pytest.approx(0.2) and 0.19 not in draws
 

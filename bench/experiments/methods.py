@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -57,6 +57,8 @@ class Setting:
             parts.append(f"weight decay {self.weight_decay:.2g}")
         if self.adapt is not None:
             parts.append("preconditioned")
+        if self.thermostat:
+            parts.append("thermostat")
         return ", ".join(parts)
 
 
@@ -271,14 +273,25 @@ def _cyclical(setting: Setting, parameters: list[Tensor], num_data: int, steps: 
     return CyclicalTrainer(setting, optimizer, cyclical, steps)
 
 
+class Begun(Protocol):
+    """Of a :class:`.tasks.Task`, what says where a search begins."""
+
+    rate: float
+    weight_decay: float | None
+    explore: float
+    steps: int
+    averages: bool
+
+
 @dataclass(frozen=True)
 class Method:
     """
     Attributes:
         label: for tables.
         make: makes a run's trainer.
-        start: where the search for good settings begins, at a learning rate of 1 where ``relative``; a
-            moving temperature moves as the library suggests for the length of the exploration.
+        start: where the search for good settings begins, at a learning rate of 1 where ``relative``. A moving
+            temperature moves as the library suggests for the length of the exploration, and has a thermostat
+            where draws are what counts: they are to be draws at T0, not at T0 and the minibatches' heat.
         relative: whether learning rates are of SGD's kind, so that the search begins at a multiple of the
             task's.
         decay: weight decay where the search begins, as a multiple of the task's.
@@ -290,16 +303,17 @@ class Method:
     relative: bool = True
     decay: float = 1.0
 
-    def begin(self, rate: float, weight_decay: float | None, explore: float, steps: int) -> Setting:
-        """Where the search begins on a task whose settings for SGD are about these."""
-        found = replace(self.start, explore=explore)
+    def begin(self, task: Begun) -> Setting:
+        """Where the search begins."""
+        found = replace(self.start, explore=task.explore)
         if self.relative:
-            found = replace(found, lr=found.lr * rate)
-        if weight_decay is not None:
-            found = replace(found, weight_decay=self.decay * weight_decay)
-        if found.tempering is not None:
-            found = replace(found, tempering=options_of(suggest_tempering(max(1, round(explore * steps)))))
-        return found
+            found = replace(found, lr=found.lr * task.rate)
+        if task.weight_decay is not None:
+            found = replace(found, weight_decay=self.decay * task.weight_decay)
+        if found.tempering is None:
+            return found
+        moving = suggest_tempering(max(1, round(task.explore * task.steps)))
+        return replace(found, tempering=options_of(moving), thermostat=task.averages)
 
     @property
     def samples(self) -> bool:

@@ -149,8 +149,7 @@ class Study:
         return f"average_{self._execute.metric}" if averages else self._execute.metric
 
     def _tuning(self, name: str) -> Asking:
-        made = self._execute
-        start = METHODS[name].begin(made.rate, made.weight_decay, made.explore, made.steps)
+        start = METHODS[name].begin(self._execute)
         metric = self.judged_by(name)
         axes = ["lr"]
         if start.temperature is not None:
