@@ -273,7 +273,7 @@ def _cyclical(setting: Setting, parameters: list[Tensor], num_data: int, steps: 
     return CyclicalTrainer(setting, optimizer, cyclical, steps)
 
 
-class Begun(Protocol):
+class Beginning(Protocol):
     """Of a :class:`.tasks.Task`, what says where a search begins."""
 
     rate: float
@@ -303,7 +303,7 @@ class Method:
     relative: bool = True
     decay: float = 1.0
 
-    def begin(self, task: Begun) -> Setting:
+    def begin(self, task: Beginning) -> Setting:
         """Where the search begins."""
         found = replace(self.start, explore=task.explore)
         if self.relative:
