@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import ablation, recipe, report, study, tasks
@@ -72,22 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     options.pages.mkdir(parents=True, exist_ok=True)
     names = tasks.LABELS if options.task == LABELS else [options.task]
     try:
-        pages = [Page(name, options) for name in names]
+        pages = {name: Page(name, options) for name in names}
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.task == LABELS:
         write_averages(options, pages)
         return 0
-    (page,) = pages
-    chosen = page.tuning()
-    if "seeds" in options.parts:
-        page.seeds(chosen)
-    if "ablation" in options.parts:
-        page.ablation(chosen)
-    if "landscape" in options.parts:
-        page.landscape(chosen)
-    page.write()
+    pages[options.task].do(options.parts)
     return 0
 
 
@@ -100,16 +93,11 @@ def heading(task: str, size: str) -> str:
     return f"# {task}: {size}\n\n`python bench/experiment.py {task}{flag}` writes this page.\n"
 
 
-def write_averages(options: argparse.Namespace, pages: list[Page]) -> None:
+def write_averages(options: argparse.Namespace, pages: dict[str, Page]) -> None:
     """Writes the pages, and one about the model averages of all of them."""
     rows = []
-    for page in pages:
-        chosen = page.tuning()
-        page.seeds(chosen)
-        if page.task in EXPLAINED:
-            page.ablation(chosen)
-            page.landscape(chosen)
-        page.write()
+    for name, page in pages.items():
+        chosen = page.do(PARTS if name in EXPLAINED else ("seeds",))
         rows.append(page.averages(chosen))
     text = (
         f"Test data, {study.SEEDS[options.size]} seeds, mean ± standard error; differences are paired, below "
@@ -128,9 +116,6 @@ class Page:
         name: of the task.
         options: of the command line.
 
-    Attributes:
-        task: its name.
-
     Raises:
         DataError: the task's data are missing.
     """
@@ -138,7 +123,6 @@ class Page:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         ledger = Ledger(options.results / f"{name}.{options.size}.jsonl")
         self._work = study.Study(name, options.size, ledger, options.workers, options.text, options.device)
-        self.task = name
         self._size = options.size
         self._task = tasks.make(name, options.size, options.text)
         self._metrics = METRICS[name.split("-")[0]]
@@ -146,6 +130,15 @@ class Page:
         self._name = page_name(name, options.size)
         self._pages = options.pages
         self._sections = [heading(name, options.size)]
+
+    def do(self, parts: Sequence[str]) -> dict[str, study.Chosen]:
+        """Tunes every method, does the parts and writes the page; returns what tuning chose."""
+        chosen = self.tuning()
+        for part, carry_out in zip(PARTS, (self.seeds, self.ablation, self.landscape), strict=True):
+            if part in parts:
+                carry_out(chosen)
+        self.write()
+        return chosen
 
     def tuning(self) -> dict[str, study.Chosen]:
         chosen = self._work.tune()

@@ -9,7 +9,7 @@ import torch
 
 from . import validation
 from .preconditioner import RMSPreconditioner
-from .tempering import Tempering
+from .tempering import Tempering, default_step_size
 
 Tensor = torch.Tensor
 
@@ -18,7 +18,7 @@ _RATE = 0.5
 # half-width of the window at T0, twice Tempering's default: half of the time is spent there
 _FLAT = 0.8
 # steps of alpha, and what they are times the steps of the exploration where that lies between
-_SLOWEST, _FASTEST = 0.005, 0.02
+_SLOWEST, _FASTEST = default_step_size(Tempering(), 1), 0.02
 _TRAVEL = 12.0
 
 

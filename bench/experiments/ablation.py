@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ctld_cuda import Tempering
-from ctld_cuda.tempering import default_step_size
-
-from .methods import BIASES, Setting
+from .methods import BIASES, DEFAULTS, Setting, without_defaults
 
 # of a run: method and setting
 Run = tuple[str, Setting]
@@ -34,7 +31,6 @@ RANGES = (2.0, 3.0, 10.0, 30.0, 100.0)
 SPEEDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 EXPLORED = (0.0, 0.1, 0.3, 0.6, 0.9)
 UNCOUPLED = 1e-9  # nats per standard deviation of the energy
-_DEFAULTS = Tempering()
 
 
 def figures(base: Setting) -> dict[str, Figure]:
@@ -88,7 +84,7 @@ def figures(base: Setting) -> dict[str, Figure]:
                 | {
                     "standardized": ("ctld", base),
                     # its step follows from the dimension
-                    "exact": ("ctld", _with(base, coupling="exact", step_size=_default("step_size"))),
+                    "exact": ("ctld", _with(base, coupling="exact", step_size=DEFAULTS["step_size"])),
                 }
             },
         ),
@@ -119,15 +115,4 @@ def figures(base: Setting) -> dict[str, Figure]:
 
 def _with(setting: Setting, **changes: object) -> Setting:
     """A default is left out, so that the run is the same as the base's."""
-    tempering = {**(setting.tempering or {}), **changes}
-    return replace(
-        setting, tempering={name: value for name, value in tempering.items() if value != _default(name)}
-    )
-
-
-def _default(name: str) -> object:
-    if name == "bias":
-        return next(iter(BIASES))
-    if name == "step_size":
-        return default_step_size(_DEFAULTS, 1)
-    return getattr(_DEFAULTS, name)
+    return replace(setting, tempering=without_defaults({**(setting.tempering or {}), **changes}))

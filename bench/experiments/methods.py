@@ -215,13 +215,23 @@ class CyclicalTrainer(SGLDTrainer):
         return done * CYCLES % 1.0 >= NOISE_FREE
 
 
+_TEMPERING = Tempering()
+DEFAULTS = {f.name: getattr(_TEMPERING, f.name) for f in fields(Tempering)} | {
+    "bias": next(iter(BIASES)),
+    "step_size": default_step_size(_TEMPERING, 1),
+}
+
+
+def without_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """Of tempering's options those that differ from the defaults: the same run is written the same way."""
+    return {name: value for name, value in options.items() if value != DEFAULTS[name]}
+
+
 def options_of(tempering: Tempering) -> dict[str, Any]:
     """For a setting: what differs from the defaults."""
-    default = Tempering()
     found = {f.name: getattr(tempering, f.name) for f in fields(tempering)}
-    if found["step_size"] == default_step_size(tempering, 1):
-        found["step_size"] = None
-    return {name: value for name, value in found.items() if value != getattr(default, name)}
+    found["bias"] = next(name for name, bias in BIASES.items() if bias == tempering.bias)
+    return without_defaults(found)
 
 
 Make = Callable[[Setting, list[Tensor], int, int, int], Trainer]
