@@ -96,7 +96,7 @@ def test_what_is_collected(options, thin, burn_in, seed):
                 row = (step, c, *(float(state[n][c]) for n in ("alpha", "temperature", "at_target")))
                 expected.append((row, {n: p.detach()[c].clone() for n, p in named.items()}))
 
-    advance(named, optimizer, samples, 120, watch)
+    advance(named, optimizer, samples, 400, watch)
     found = samples.columns()
     rows = list(
         zip(*(found[n].tolist() for n in ("step", "chain", "alpha", "temperature", "at_target")), strict=True)
