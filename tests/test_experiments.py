@@ -187,6 +187,16 @@ def test_the_temperature_moves_as_the_library_suggests():
     assert methods.METHODS["sghmc"].begin(task).tempering is None
 
 
+def test_searches_begin_at_the_temperature_of_the_task():
+    hot, cold = make("labels-cnn-20"), make("labels-mlp-20")
+    samplers = [method for method in methods.METHODS.values() if method.samples]
+    assert len(samplers) == 6 and hot.temperature == 10 * cold.temperature
+    for method in samplers:
+        assert method.begin(hot).temperature == hot.temperature
+        assert method.begin(cold).temperature == cold.temperature
+    assert methods.METHODS["sgd"].begin(hot).temperature is None
+
+
 def test_draws_are_at_their_temperature_where_they_count():
     moving = [method for method in methods.METHODS.values() if method.start.tempering is not None]
     assert len(moving) == 2
@@ -363,35 +373,44 @@ def test_a_quick_study(tmp_path, name):
 
 
 class Edge:
-    """In place of runs: a valley of the learning rate with a cliff, where it is on half of the seeds."""
+    """In place of runs: a valley of the learning rate with a cliff, closer on all seeds but one."""
 
     metric, averages = "bits", True
-    rate, weight_decay, explore, steps, trials, finalists = 1.0, None, 0.9, 1000, 12, 3
+    rate, temperature, weight_decay, explore = 1.0, 1.0, None, 0.9
+    steps, trials, finalists = 1000, 12, 3
 
-    def __init__(self):
+    def __init__(self, stable):
         self.asked = []
+        self.stable = stable
 
     def __call__(self, request):
         self.asked.append(request)
         lr = request["setting"]["lr"]
-        cliff = 9.0 if request["seed"] == study.TUNING_SEED else 4.0
+        cliff = 9.0 if request["seed"] == study.TUNING_SEED else self.stable
         return {"bits": math.inf if lr > cliff else (math.log(lr) - 2.0) ** 2, "loss": 0.5}
 
 
-def test_a_setting_at_the_edge_of_stability_is_not_chosen(tmp_path):
+@pytest.mark.parametrize("stable", [7.0, 4.0])
+def test_a_setting_at_the_edge_of_stability_is_not_chosen(tmp_path, stable):
     make()
     work = study.Study("text", "quick", ledger.Ledger(tmp_path / "runs"), 0, TEXT)
-    work._execute, work.trials = Edge(), Edge.trials
+    work._execute, work.trials = Edge(stable), Edge.trials
     found = work.tune()["sgd"]
-    assert len(found.trials) == Edge.trials and len(found.finalists) == Edge.finalists
-    best_trial = min(found.trials, key=lambda trial: trial[1])[0]
-    assert 4.0 < best_trial.lr <= 9.0  # on its seed
-    values = {setting: value for setting, value in found.finalists}
-    assert values[best_trial] == math.inf
+    assert len(found.trials) == Edge.trials
+    best_first = sorted(found.trials, key=lambda trial: trial[1])
+    assert stable < best_first[0][0].lr <= 9.0  # on its seed
+    assert [setting for setting, _ in found.finalists] == [s for s, _ in best_first[: len(found.finalists)]]
+    survivors = [s.lr for s, mean in found.finalists if math.isfinite(mean)]
+    assert survivors == [s.lr for s, _ in found.finalists if s.lr <= stable]
+    if stable == 7.0:
+        assert len(found.finalists) == Edge.finalists and len(survivors) > 0
+    else:  # beyond the usual number, up to the first that survives
+        assert len(found.finalists) > Edge.finalists and len(survivors) == 1
+    values = dict(found.finalists)
     assert found.setting.lr == min(values, key=values.get).lr and found.value == min(values.values())
     asked = [r for r in work._execute.asked if r["method"] == "sgd"]
     again = [r for r in asked if r["seed"] in study.MORE_TUNING_SEEDS]
-    assert len(again) == Edge.finalists * len(study.MORE_TUNING_SEEDS)
+    assert len(again) == len(found.finalists) * len(study.MORE_TUNING_SEEDS)
     assert all(r["part"] == "validation" and r["setting"]["explore"] == 0.9 for r in asked)
     # seeds of the tables are others
     tables = {study.TUNING_SEED + 1 + k for k in range(max(study.SEEDS.values()))}

@@ -287,6 +287,7 @@ class Beginning(Protocol):
     """Of a :class:`.tasks.Task`, what says where a search begins."""
 
     rate: float
+    temperature: float
     weight_decay: float | None
     explore: float
     steps: int
@@ -299,9 +300,10 @@ class Method:
     Attributes:
         label: for tables.
         make: makes a run's trainer.
-        start: where the search for good settings begins, at a learning rate of 1 where ``relative``. A moving
-            temperature moves as the library suggests for the length of the exploration, and has a thermostat
-            where draws are what counts: they are to be draws at T0, not at T0 and the minibatches' heat.
+        start: where the search for good settings begins, with temperatures as multiples of the task's, and
+            learning rates where ``relative``. A moving temperature moves as the library suggests for the
+            length of the exploration, and has a thermostat where draws are what counts: they are to be draws
+            at T0, not at T0 and the minibatches' heat.
         relative: whether learning rates are of SGD's kind, so that the search begins at a multiple of the
             task's.
         decay: weight decay where the search begins, as a multiple of the task's.
@@ -316,6 +318,8 @@ class Method:
     def begin(self, task: Beginning) -> Setting:
         """Where the search begins."""
         found = replace(self.start, explore=task.explore)
+        if found.temperature is not None:
+            found = replace(found, temperature=found.temperature * task.temperature)
         if self.relative:
             found = replace(found, lr=found.lr * task.rate)
         if task.weight_decay is not None:
@@ -330,8 +334,6 @@ class Method:
         return self.start.temperature is not None
 
 
-# T0 where the search begins
-TEMPERATURE = 0.03
 MOVING: dict[str, Any] = {}  # as suggested for the length of the exploration
 # of the steps, during which a preconditioner is learned: those before any draw
 ADAPT = 0.3
@@ -345,25 +347,25 @@ def conditioned(adam: Setting, **changes: Any) -> Setting:
 ADAM, ADAMW = Setting(0.003), Setting(0.003, weight_decay=0.01)
 
 METHODS = {
-    "ctld": Method("CTLD", _ctld, Setting(1.0, TEMPERATURE, tempering=MOVING)),
-    "sghmc": Method("SGHMC, then fine-tuning", _ctld, Setting(1.0, TEMPERATURE)),
+    "ctld": Method("CTLD", _ctld, Setting(1.0, 1.0, tempering=MOVING)),
+    "sghmc": Method("SGHMC, then fine-tuning", _ctld, Setting(1.0, 1.0)),
     "ctld-rms": Method(
         "CTLD, preconditioned",
         _ctld,
-        conditioned(ADAMW, temperature=TEMPERATURE, tempering=MOVING),
+        conditioned(ADAMW, temperature=1.0, tempering=MOVING),
         False,
         100.0,
     ),
     "sghmc-rms": Method(
         "SGHMC, preconditioned",
         _ctld,
-        conditioned(ADAMW, temperature=TEMPERATURE),
+        conditioned(ADAMW, temperature=1.0),
         False,
         100.0,
     ),
-    "cyclical": Method("cyclical SGHMC", _cyclical, Setting(1.0, TEMPERATURE)),
+    "cyclical": Method("cyclical SGHMC", _cyclical, Setting(1.0, 1.0)),
     # without momentum steps are 1/(1 - MOMENTUM) times smaller
-    "sgld": Method("SGLD", _sgld, Setting(10.0, TEMPERATURE)),
+    "sgld": Method("SGLD", _sgld, Setting(10.0, 1.0)),
     "sgd": Method("SGD, momentum", _plain(torch.optim.SGD, momentum=MOMENTUM), Setting(1.0)),
     "adam": Method("Adam", _plain(torch.optim.Adam), ADAM, False, 0.1),
     "adamw": Method("AdamW", _plain(torch.optim.AdamW), ADAMW, False, 100.0),

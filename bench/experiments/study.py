@@ -169,17 +169,22 @@ class Study:
         )
         trials = [(setting_at(point), value) for point, value in points]
         best_first = sorted(trials, key=lambda trial: trial[1])
-        finalists = yield from self._final(name, metric, best_first[: self._execute.finalists])
+        finalists = yield from self._final(name, metric, best_first)
         best, value = min(finalists or trials, key=lambda trial: trial[1])
         (result,) = yield [self._request(name, best, TUNING_SEED, "validation")]
         return Chosen(best, value, result.get("loss", math.inf), trials, finalists)
 
-    def _final(self, name: str, metric: str, best: list[tuple[Setting, float]]) -> Asking:
+    def _final(self, name: str, metric: str, best_first: list[tuple[Setting, float]]) -> Asking:
         """Means over all tuning seeds, infinite if a run diverged: best on one seed may be the edge of
-        stability.
+        stability. As long as all that were run again are beyond it, the next one is run again, too.
         """
-        found = []
-        for setting, value in best:
+        found: list[tuple[Setting, float]] = []
+        if not self._execute.finalists:
+            return found
+        for setting, value in best_first:
+            survived = any(math.isfinite(mean) for _, mean in found)
+            if math.isinf(value) or (len(found) >= self._execute.finalists and survived):
+                break
             results = yield [self._request(name, setting, s, "validation") for s in MORE_TUNING_SEEDS]
             found.append((setting, fmean([value, *column(results, metric)])))
         return found
@@ -200,7 +205,8 @@ class Execute:
         self._effort = LANDSCAPE_EFFORT[size]
         made = _made(*self._arguments)
         self.metric, self.averages = made.metric, made.averages
-        self.rate, self.weight_decay, self.explore = made.rate, made.weight_decay, made.explore
+        self.rate, self.temperature = made.rate, made.temperature
+        self.weight_decay, self.explore = made.weight_decay, made.explore
         self.steps, self.trials, self.finalists = made.steps, made.trials, made.finalists
 
     def __call__(self, request: Request) -> Result:

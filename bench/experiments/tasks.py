@@ -33,6 +33,7 @@ class Task(ABC):
         steps: gradient evaluations of a run.
         clip: the gradient's norm is clipped to this; None: never.
         rate: about the learning rate that SGD with momentum wants; searches begin there.
+        temperature: about that which samplers want; their searches begin there.
         weight_decay: where searches for it begin; None: there is none, the task is far from overfitting.
         explore: share of the steps at constant learning rate.
         trials: of each method, in the search for its setting.
@@ -47,6 +48,7 @@ class Task(ABC):
     steps: int
     clip: float | None = None
     rate: float
+    temperature: float = 0.03
     weight_decay: float | None = None
     explore: float = 0.6
     trials: int = 12
@@ -285,7 +287,7 @@ class Labels(Task):
     # training images, width, steps
     SIZES: ClassVar[dict[Size, dict[str, tuple[int, int, int]]]] = {
         "quick": dict.fromkeys(("mlp", "cnn", "lstm"), (500, 16, 100)),
-        "cpu": {"mlp": (4000, 64, 4000), "cnn": (1000, 32, 1000), "lstm": (1000, 32, 2000)},
+        "cpu": {"mlp": (4000, 64, 4000), "cnn": (1000, 32, 2000), "lstm": (1000, 32, 2000)},
         "full": dict.fromkeys(("mlp", "cnn", "lstm"), (55_000, 200, 40_000)),
     }
 
@@ -295,6 +297,7 @@ class Labels(Task):
         self._network, self._batch = network, batch
         if network == "cnn":  # overfits more than the others
             self.weight_decay = 3 * self.weight_decay
+            self.temperature = 10 * self.temperature
         if network == "lstm":  # saturates
             self.rate = 10 * self.rate
         train, test = data.fashion_mnist()
