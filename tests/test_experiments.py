@@ -379,7 +379,7 @@ class Edge:
     rate, temperature, weight_decay, explore = 1.0, 1.0, None, 0.9
     steps, trials, finalists = 1000, 12, 3
 
-    def __init__(self, stable):
+    def __init__(self, stable=4.0):
         self.asked = []
         self.stable = stable
 
