@@ -25,7 +25,7 @@ from experiments.methods import METHODS, Setting
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "CTLD, recipe"
 LABELS = "labels"
-# of the label tasks, those with all parts: one whose averages are level with the best network, one ahead
+# of the label tasks, those with all parts: a network without memory and a recurrent one
 EXPLAINED = ("labels-cnn-20", "labels-lstm-20")
 PARTS = ("seeds", "ablation", "landscape")
 # of the metrics in the tables, with their digits; the first is what is compared
@@ -88,8 +88,10 @@ def page_name(task: str, size: str) -> str:
     return task + ("" if size == "cpu" else f"-{size}")
 
 
-def heading(task: str, size: str) -> str:
+def heading(task: str, size: str, parts: Sequence[str] = PARTS) -> str:
     flag = "" if size == "cpu" else f" --{size}"
+    if len(parts) < len(PARTS):
+        flag += f" --parts {' '.join(parts)}"
     return f"# {task}: {size}\n\n`python bench/experiment.py {task}{flag}` writes this page.\n"
 
 
@@ -124,15 +126,16 @@ class Page:
         ledger = Ledger(options.results / f"{name}.{options.size}.jsonl")
         self._work = study.Study(name, options.size, ledger, options.workers, options.text, options.device)
         self._size = options.size
-        self._task = tasks.make(name, options.size, options.text)
+        self._task = self._work.task
         self._metrics = METRICS[name.split("-")[0]]
         self._digits = next(iter(self._metrics.values()))
         self._name = page_name(name, options.size)
         self._pages = options.pages
-        self._sections = [heading(name, options.size)]
+        self._sections: list[str] = []
 
     def do(self, parts: Sequence[str]) -> dict[str, study.Chosen]:
         """Tunes every method, does the parts and writes the page; returns what tuning chose."""
+        self._sections.append(heading(self._task.name, self._size, parts))
         chosen = self.tuning()
         for part, carry_out in zip(PARTS, (self.seeds, self.ablation, self.landscape), strict=True):
             if part in parts:

@@ -375,7 +375,7 @@ def test_a_quick_study(tmp_path, name):
 class Edge:
     """In place of runs: a valley of the learning rate with a cliff, closer on all seeds but one."""
 
-    metric, averages = "bits", True
+    name, metric, averages = "text", "bits", True
     rate, temperature, weight_decay, explore = 1.0, 1.0, None, 0.9
     steps, trials, finalists = 1000, 12, 3
 
@@ -394,7 +394,8 @@ class Edge:
 def test_a_setting_at_the_edge_of_stability_is_not_chosen(tmp_path, stable):
     make()
     work = study.Study("text", "quick", ledger.Ledger(tmp_path / "runs"), 0, TEXT)
-    work._execute, work.trials = Edge(stable), Edge.trials
+    work.task = work._execute = Edge(stable)
+    work.trials = Edge.trials
     found = work.tune()["sgd"]
     assert len(found.trials) == Edge.trials
     best_first = sorted(found.trials, key=lambda trial: trial[1])
@@ -427,7 +428,7 @@ def test_what_is_taken_home_is_chosen_by_the_mean_over_the_tuning_seeds(tmp_path
             average = averages[request["seed"]] if request["method"] == "ctld" else 0.9
             return {"bits": 1.0, "average_bits": average}
 
-    work._execute = Runs()
+    work.task = work._execute = Runs()
     runs = {"a": ("ctld", methods.Setting(0.1)), "b": ("sghmc", methods.Setting(0.1))}
     assert work.deployed(runs) == {"a": "bits", "b": "average_bits"}
 

@@ -72,10 +72,10 @@ class Study:
         text: Path | None = None,
         device: str = "cpu",
     ) -> None:
-        self.task, self.size = task, size
+        self.task, self.size = _made(task, size, text), size
         self._ledger, self._workers = ledger, workers
         self._execute = Execute(task, size, text, device)
-        self.trials = QUICK_TRIALS if size == "quick" else self._execute.trials
+        self.trials = QUICK_TRIALS if size == "quick" else self.task.trials
 
     def tune(self) -> dict[str, Chosen]:
         """Of each method the best setting on validation data."""
@@ -102,7 +102,7 @@ class Study:
 
     def costs(self, settings: dict[str, Run], reference: str) -> Result:
         """Time per step by label, as a multiple of the reference's."""
-        request = training.cost_request(self.task, self.size, settings) | {"reference": reference}
+        request = training.cost_request(self.task.name, self.size, settings) | {"reference": reference}
         ((result,),) = self._carry_out([_ask_at_once([request])])
         return result
 
@@ -124,7 +124,7 @@ class Study:
 
         Infinite where a run diverged; one that gave no draw has its trained model for an average.
         """
-        names = (self._execute.metric, f"average_{self._execute.metric}")
+        names = (self.task.metric, f"average_{self.task.metric}")
         found = self._on_seeds(settings, [TUNING_SEED, *MORE_TUNING_SEEDS], "validation")
         return {
             label: {name: fmean(column(results, name, fall_back=True)) for name in names}
@@ -137,24 +137,24 @@ class Study:
         Where a run gives a trained model and an average over draws, that is the better of the two on
         validation data, in the mean over the tuning seeds.
         """
-        metric, average = self._execute.metric, f"average_{self._execute.metric}"
-        if not self._execute.averages:
+        metric, average = self.task.metric, f"average_{self.task.metric}"
+        if not self.task.averages:
             return dict.fromkeys(settings, metric)
         means = self.validated(settings)
         return {label: average if m[average] < m[metric] else metric for label, m in means.items()}
 
     def judged_by(self, method: str) -> str:
         """The metric that settings are chosen by: that of the model average where there is one."""
-        averages = self._execute.averages and METHODS[method].samples
-        return f"average_{self._execute.metric}" if averages else self._execute.metric
+        averages = self.task.averages and METHODS[method].samples
+        return f"average_{self.task.metric}" if averages else self.task.metric
 
     def _tuning(self, name: str) -> Asking:
-        start = METHODS[name].begin(self._execute)
+        start = METHODS[name].begin(self.task)
         metric = self.judged_by(name)
         axes = ["lr"]
         if start.temperature is not None:
             axes.append("temperature")
-        if self._execute.weight_decay is not None:
+        if self.task.weight_decay is not None:
             axes.append("weight_decay")
 
         def setting_at(point: tuple[float, ...]) -> Setting:
@@ -179,18 +179,18 @@ class Study:
         stability. As long as all that were run again are beyond it, the next one is run again, too.
         """
         found: list[tuple[Setting, float]] = []
-        if not self._execute.finalists:
+        if not self.task.finalists:
             return found
         for setting, value in best_first:
             survived = any(math.isfinite(mean) for _, mean in found)
-            if math.isinf(value) or (len(found) >= self._execute.finalists and survived):
+            if math.isinf(value) or (len(found) >= self.task.finalists and survived):
                 break
             results = yield [self._request(name, setting, s, "validation") for s in MORE_TUNING_SEEDS]
             found.append((setting, fmean([value, *column(results, metric)])))
         return found
 
     def _request(self, method: str, setting: Setting, seed: int, part: tasks.Part) -> Request:
-        return training.request(self.task, self.size, method, setting, seed, part)
+        return training.request(self.task.name, self.size, method, setting, seed, part)
 
     def _carry_out(self, askings: list[Asking]) -> list[Any]:
         return carry_out(askings, self._ledger, self._execute, self._workers, _one_thread)
@@ -203,11 +203,6 @@ class Execute:
         self._arguments = (task, size, text)
         self._device = device
         self._effort = LANDSCAPE_EFFORT[size]
-        made = _made(*self._arguments)
-        self.metric, self.averages = made.metric, made.averages
-        self.rate, self.temperature = made.rate, made.temperature
-        self.weight_decay, self.explore = made.weight_decay, made.explore
-        self.steps, self.trials, self.finalists = made.steps, made.trials, made.finalists
 
     def __call__(self, request: Request) -> Result:
         task = _made(*self._arguments)

@@ -295,7 +295,7 @@ class Labels(Task):
         self.name = f"labels-{network}-{round(100 * permuted)}"
         count, self._width, self.steps = self.SIZES[size][network]
         self._network, self._batch = network, batch
-        if network == "cnn":  # overfits more than the others
+        if network == "cnn":  # overfits more than the others, and less where it is hot
             self.weight_decay = 3 * self.weight_decay
             self.temperature = 10 * self.temperature
         if network == "lstm":  # saturates
