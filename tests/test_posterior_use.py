@@ -348,8 +348,15 @@ def test_weights_are_those_of_the_definition(seed):
         z = density.T @ (1.0 / mixture)
     expected = -energy - np.log(mixture)
     expected -= np.logaddexp.reduce(expected)
-    # a grid of beta instead of the betas themselves
-    np.testing.assert_allclose(mixture_weights(energy, beta).log_weights, expected, atol=5e-3)
+    # A grid of beta instead of the betas themselves: exp(-beta U)/Z(beta) is interpolated linearly in ln beta,
+    # at distances h; the rest is the error of Z, about the mean one. Largest share of the bound in 1,500 seeds:
+    # 0.48.
+    result = mixture_weights(energy, beta)
+    h = result.betas.log().diff().min().item()
+    x = np.outer(energy, beta)
+    second = np.abs((x - 1.5) ** 2 - x)  # derivative of the density over the density, d/2 = 1.5
+    error = h * h / 8.0 * (density / z * second).sum(1) / (density / z).sum(1)
+    assert (np.abs(result.log_weights.numpy() - expected) < 2.0 * (error + error.mean())).all(), repeat(seed)
 
 
 def test_energies(seed):
