@@ -153,7 +153,9 @@ class Page:
         return {RECIPE: ("ctld", self._recipe(chosen))} | tuned
 
     def _recipe(self, chosen: dict[str, study.Chosen]) -> Setting:
-        return recipe.setting(self._task, chosen)
+        """The library's settings, or those that it gives once a run with them did not get low enough."""
+        first = recipe.setting(self._task, chosen)
+        return recipe.setting(self._task, chosen, self._work.reached("ctld", first))
 
     def seeds(self, chosen: dict[str, study.Chosen]) -> None:
         settings = self._settings(chosen)

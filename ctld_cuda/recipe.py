@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,10 @@ Tensor = torch.Tensor
 
 # of the optimizer's learning rate: the noise explores regions that are more curved than those it sees
 _RATE = 0.5
+# of the loss, what the noise may cost
+_SHARE = 0.03
+# both, where a run with these ended above the optimizer's training loss: nearer to the optimizer
+_NEAR_RATE, _NEAR_SHARE = 1.0, 0.003
 # half-width of the window at T0, twice Tempering's default: half of the time is spent there
 _FLAT = 0.8
 # steps of alpha, and what they are times the steps of the exploration where that lies between
@@ -23,7 +28,13 @@ _TRAVEL = 12.0
 
 
 def settings_from(
-    optimizer: torch.optim.Optimizer, *, num_data: int, loss: float, steps: int, explore: float = 0.6
+    optimizer: torch.optim.Optimizer,
+    *,
+    num_data: int,
+    loss: float,
+    steps: int,
+    explore: float = 0.6,
+    reached: float | None = None,
 ) -> dict[str, Any]:
     """Arguments for :class:`~ctld_cuda.CTLD` from a tuned optimizer: nothing else is left to tune.
 
@@ -36,6 +47,11 @@ def settings_from(
 
         CTLD(model.parameters(), **settings_from(adamw, num_data=len(train_set), loss=0.31, steps=10_000))
 
+    Half a learning rate and noise are worth it if fine-tuning then gets at least as low as the optimizer did.
+    Where the run ends at a larger training loss, progress is what the task wanted: give that loss as
+    ``reached`` and run again. The learning rate is then all of the optimizer's, and the temperature a tenth,
+    if what it reached is above ``loss``; otherwise the settings are the same.
+
     Args:
         optimizer: ``torch.optim.SGD`` with momentum, ``Adam`` or ``AdamW``, with the settings that you found
             to be best and the parameters that are to be trained. ``lr`` is what it began with, not what a
@@ -45,6 +61,8 @@ def settings_from(
         steps: of the whole run to come.
         explore: share of them that explore, in (0, 1]. The default suits training; 0.9 if the average over
             the draws is what you want, which needs time to be good.
+        reached: mean training loss at the end of a run with these settings, infinite if it diverged; None
+            for the first run.
 
     Raises:
         TypeError: for another optimizer, or an argument of the wrong kind.
@@ -55,17 +73,18 @@ def settings_from(
     explore = validation.real("explore", explore)
     if not 0.0 < explore <= 1.0:
         raise ValueError(f"explore must be in (0, 1], got {explore!r}")
+    near = reached is not None and (reached == math.inf or validation.real("reached", reached) > loss)
     options, adam = _options_of(optimizer)
     momentum = options["betas"][0] if adam else options["momentum"]
     rate = (1.0 - momentum) * options["lr"] if adam else options["lr"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     explored = max(1, round(explore * steps))
     return {
-        "lr": _RATE * rate,
+        "lr": (_NEAR_RATE if near else _RATE) * rate,
         "momentum": momentum,
         "weight_decay": options["weight_decay"],
         "num_data": num_data,
-        "temperature": suggest_temperature(parameters, num_data, loss),
+        "temperature": suggest_temperature(parameters, num_data, loss, share=_NEAR_SHARE if near else _SHARE),
         "tempering": suggest_tempering(explored),
         "explore_steps": explored,
         "preconditioner": RMSPreconditioner(adapt_steps=max(1, explored // 2)) if adam else None,
@@ -93,7 +112,7 @@ def _options_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], bool]
 
 
 def suggest_temperature(
-    parameters: Iterable[Tensor] | int, num_data: int, loss: float, *, share: float = 0.03
+    parameters: Iterable[Tensor] | int, num_data: int, loss: float, *, share: float = _SHARE
 ) -> float:
     """Base temperature T0 at which the sampler's noise costs about a given share of the loss.
 

@@ -509,17 +509,36 @@ def test_the_cost_of_a_run_against_itself_is_one():
     assert found["a"] == 1.0 and found["b"] > 0.0
 
 
+def chosen(sgd, adamw):
+    """Of the two, with what judged them; their training losses are 1 and 2."""
+    return {
+        "sgd": Chosen(methods.Setting(3.0, weight_decay=1e-4), sgd, 1.0, [], []),
+        "adamw": Chosen(methods.Setting(0.01, weight_decay=0.3), adamw, 2.0, [], []),
+    }
+
+
 def test_the_recipe_starts_from_the_better_optimizer():
     task = make()
-
-    def chosen(sgd, adamw):
-        return {
-            "sgd": Chosen(methods.Setting(3.0, weight_decay=1e-4), sgd, 1.0, [], []),
-            "adamw": Chosen(methods.Setting(0.01, weight_decay=0.3), adamw, 2.0, [], []),
-        }
-
     from_sgd = recipe.setting(task, chosen(1.0, 2.0))
     assert (from_sgd.lr, from_sgd.weight_decay, from_sgd.adapt) == (1.5, 1e-4, None)
     from_adamw = recipe.setting(task, chosen(2.0, 1.0))
     assert from_adamw.lr == pytest.approx(0.01 * 0.1 * 0.5) and from_adamw.weight_decay == 0.3
     assert from_adamw.adapt == methods.ADAPT and from_adamw.temperature > from_sgd.temperature
+
+
+@pytest.mark.parametrize(("loss", "rate"), [(0.9, 1.5), (1.1, 3.0)])
+def test_the_recipe_stays_near_an_optimizer_that_it_did_not_reach(tmp_path, loss, rate):
+    make()
+    options = experiment.parse_arguments(["text", "--quick", "--text", str(TEXT), *folders(tmp_path)])
+    page = experiment.Page("text", options)
+    asked = []
+
+    def execute(request):
+        asked.append(request)
+        return {"bits": 1.0, "loss": loss}
+
+    page._work._execute, page._work._workers = execute, 0
+    assert page._recipe(chosen(1.0, 2.0)).lr == rate
+    assert [(r["seed"], r["part"], r["setting"]["lr"]) for r in asked] == [
+        (study.TUNING_SEED, "validation", 1.5)
+    ]

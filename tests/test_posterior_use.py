@@ -348,9 +348,9 @@ def test_weights_are_those_of_the_definition(seed):
         z = density.T @ (1.0 / mixture)
     expected = -energy - np.log(mixture)
     expected -= np.logaddexp.reduce(expected)
-    # A grid of beta instead of the betas themselves: exp(-beta U)/Z(beta) is interpolated linearly in ln beta,
-    # at distances h; the rest is the error of Z, about the mean one. Largest share of the bound in 1,500 seeds:
-    # 0.48.
+    # A grid of beta instead of the betas themselves: exp(-beta U)/Z(beta) is interpolated linearly in
+    # ln beta, at distances h; the rest is the error of Z, about the mean one. The largest share of the bound
+    # in 1,500 seeds is 0.48.
     result = mixture_weights(energy, beta)
     h = result.betas.log().diff().min().item()
     x = np.outer(energy, beta)

@@ -159,6 +159,19 @@ def test_settings_from_adam_decay_and_move_like_it(kind):
     assert float(p.detach().log().mean()) == pytest.approx(200 * math.log(1 - 0.5 * 0.01 * decay), rel=0.12)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_run_that_did_not_reach_the_optimizer_is_repeated_nearer_to_it(kind):
+    tuned = kind(parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    first = settings_from(tuned, num_data=500, loss=2.0, steps=100)
+    for reached in (0.1, 2.0):
+        assert settings_from(tuned, num_data=500, loss=2.0, steps=100, reached=reached) == first
+    for reached in (2.001, math.inf):
+        again = settings_from(tuned, num_data=500, loss=2.0, steps=100, reached=reached)
+        assert again["lr"] == pytest.approx(2 * first["lr"])
+        assert again["temperature"] == pytest.approx(first["temperature"] / 10)
+        assert {k: v for k, v in again.items() if v != first[k]}.keys() == {"lr", "temperature"}
+
+
 @pytest.mark.parametrize(
     ("optimizer", "options", "error", "words"),
     [
@@ -185,6 +198,8 @@ def test_bad_settings():
         ("explore", 0.0, ValueError),
         ("explore", 1.1, ValueError),
         ("explore", "long", TypeError),
+        ("reached", math.nan, ValueError),
+        ("reached", "1", TypeError),
     ):
         with pytest.raises(error, match=name):
             settings_from(sgd, **{"num_data": 10, "loss": 1.0, "steps": 100, name: value})

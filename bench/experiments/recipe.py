@@ -14,8 +14,11 @@ from .study import Chosen
 from .tasks import Task
 
 
-def setting(task: Task, tuned: Mapping[str, Chosen]) -> Setting:
-    """CTLD's, from the better of SGD with momentum and AdamW on validation data; nothing of CTLD is tuned."""
+def setting(task: Task, tuned: Mapping[str, Chosen], reached: float | None = None) -> Setting:
+    """CTLD's, from the better of SGD with momentum and AdamW on validation data; nothing of CTLD is tuned.
+
+    ``reached`` is the training loss of a run with what this gives without it.
+    """
     sgd, adamw = tuned["sgd"], tuned["adamw"]
     preconditioned = adamw.value < sgd.value
     found = adamw if preconditioned else sgd
@@ -27,7 +30,12 @@ def setting(task: Task, tuned: Mapping[str, Chosen]) -> Setting:
         else torch.optim.SGD(parameters, momentum=MOMENTUM, **options)
     )
     settings = settings_from(
-        optimizer, num_data=task.num_data, loss=found.loss, steps=task.steps, explore=task.explore
+        optimizer,
+        num_data=task.num_data,
+        loss=found.loss,
+        steps=task.steps,
+        explore=task.explore,
+        reached=reached,
     )
     preconditioner = settings["preconditioner"]
     return replace(

@@ -82,6 +82,12 @@ class Study:
         found = self._carry_out([self._tuning(name) for name in METHODS])
         return dict(zip(METHODS, found, strict=True))
 
+    def reached(self, method: str, setting: Setting) -> float:
+        """The training loss of a run on the seed of the tuning; infinite if it diverged."""
+        asking = _ask_at_once([self._request(method, setting, TUNING_SEED, "validation")])
+        ((result,),) = self._carry_out([asking])
+        return result.get("loss", math.inf)
+
     def fresh(
         self, settings: dict[str, Run], seeds: int, part: tasks.Part = "test"
     ) -> dict[str, list[Result]]:
