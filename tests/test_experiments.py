@@ -538,7 +538,9 @@ def test_the_recipe_stays_near_an_optimizer_that_it_did_not_reach(tmp_path, loss
         return {"bits": 1.0, "loss": loss}
 
     page._work._execute, page._work._workers = execute, 0
-    assert page._recipe(chosen(1.0, 2.0)).lr == rate
+    runs = page._settings(chosen(1.0, 2.0))
+    assert runs[experiment.RECIPE][1].lr == rate
+    assert runs.get(experiment.FIRST, runs[experiment.RECIPE])[1].lr == 1.5
     assert [(r["seed"], r["part"], r["setting"]["lr"]) for r in asked] == [
         (study.TUNING_SEED, "validation", 1.5)
     ]
