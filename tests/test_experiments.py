@@ -448,6 +448,7 @@ def test_averages_meet_the_best_point_estimate_of_any_method():
         "tuned": ("ctld", methods.Setting(0.2)),
         "sghmc": ("sghmc", methods.Setting(0.2)),
         "cyclical": ("cyclical", methods.Setting(0.2)),
+        "sghmc, preconditioned": ("sghmc-rms", methods.Setting(0.2)),
         "sgd": ("sgd", methods.Setting(0.2)),
     }
     results = {
@@ -455,6 +456,7 @@ def test_averages_meet_the_best_point_estimate_of_any_method():
         "tuned": [result(5.0, 0.1), result(5.0, 0.1)],
         "sghmc": [result(5.0, 0.1, accuracy=0.4), result(5.0, 0.1, accuracy=0.4)],
         "cyclical": [result(5.0, 0.1, accuracy=0.4), result(5.0, 0.1, accuracy=0.9)],
+        "sghmc, preconditioned": [result(5.0, 0.1, accuracy=0.9), result(5.0, 0.1, accuracy=0.7)],
         "sgd": [result(1.7, ece=0.1), result(1.9, ece=0.1)],
     }
     validated = {label: {"average_nll": 1.0 if label == "recipe" else 2.0} for label in settings}
@@ -468,6 +470,7 @@ def test_averages_meet_the_best_point_estimate_of_any_method():
     ]
     assert cells[6:9] == ["0.1250 ± 0.0000", "0.1000 ± 0.0000 (sgd)", "0.0250 ± 0.0000"]
     assert cells[12:15] == ["0.5000 ± 0.0000", "0.6500 ± 0.2500 (cyclical)", "-0.1500 ± 0.2500"]
+    assert cells[15:17] == ["0.8000 ± 0.1000 (sghmc, preconditioned)", "-0.3000 ± 0.1000"]
     row = report.averages_row("task", settings, results, validated, "nll")
     head, rule, line, _ = report.averages_table([row]).split("\n")
     assert head.count("|") == rule.count("|") == line.count("|")
