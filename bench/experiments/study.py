@@ -13,7 +13,7 @@ import torch
 
 from . import tasks, training
 from .ablation import Figure, Run
-from .ledger import Asking, Ledger, Request, Result, carry_out, column
+from .ledger import AVERAGES, Asking, Ledger, Request, Result, carry_out, column
 from .methods import METHODS, Setting
 from .search import asking, compass
 
@@ -126,11 +126,11 @@ class Study:
         }
 
     def validated(self, settings: dict[str, Run]) -> dict[str, Result]:
-        """Means over the tuning seeds of what judges the trained model and the average over draws, by label.
+        """Means over the tuning seeds of what judges the trained model and averages over draws, by label.
 
         Infinite where a run diverged; one that gave no draw has its trained model for an average.
         """
-        names = (self.task.metric, f"average_{self.task.metric}")
+        names = [self.task.metric, *(f"{average}{self.task.metric}" for average in AVERAGES)]
         found = self._on_seeds(settings, [TUNING_SEED, *MORE_TUNING_SEEDS], "validation")
         return {
             label: {name: fmean(column(results, name, fall_back=True)) for name in names}
@@ -140,14 +140,12 @@ class Study:
     def deployed(self, settings: dict[str, Run]) -> dict[str, str]:
         """The metric of what a user would take home, by label.
 
-        Where a run gives a trained model and an average over draws, that is the better of the two on
-        validation data, in the mean over the tuning seeds.
+        Where a run gives a trained model and averages over draws, that is the best of them on validation
+        data, in the mean over the tuning seeds.
         """
-        metric, average = self.task.metric, f"average_{self.task.metric}"
         if not self.task.averages:
-            return dict.fromkeys(settings, metric)
-        means = self.validated(settings)
-        return {label: average if m[average] < m[metric] else metric for label, m in means.items()}
+            return dict.fromkeys(settings, self.task.metric)
+        return {label: min(means, key=means.__getitem__) for label, means in self.validated(settings).items()}
 
     def judged_by(self, method: str) -> str:
         """The metric that settings are chosen by: that of the model average where there is one."""

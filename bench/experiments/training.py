@@ -48,30 +48,40 @@ class EarlyStopping:
 
 
 class Outcome(NamedTuple):
-    """The trained model and its metrics by name; those of the model average start with ``average_``, those
-    where early stopping would have ended the run with ``early_``."""
+    """The trained model and its metrics by name; those of model averages start with ``average_`` (arithmetic)
+    and ``geometric_``, those where early stopping would have ended the run with ``early_``."""
 
     model: nn.Module
     metrics: dict[str, float]
 
 
 class Average:
-    """Mean predicted probabilities over draws."""
+    """Mean predicted probabilities over draws, arithmetic, and where averages count geometric as well: the
+    classes' mean logarithms, normalised (the logarithmic opinion pool of Genest and Zidek 1986)."""
 
     def __init__(self, task: Task, part: Part) -> None:
         self._task, self._part = task, part
-        self._sum = torch.zeros(())
+        self._sum, self._logarithms = torch.zeros(()), torch.zeros(())
         self._count = 0
 
     def add(self, model: nn.Module) -> None:
-        self._sum = self._sum + self._task.predict(model, self._part)
+        probabilities = self._task.predict(model, self._part)
+        self._sum = self._sum + probabilities
+        if self._task.averages:
+            self._logarithms = self._logarithms + probabilities.double().clamp(min=1e-30).log()
         self._count += 1
 
     def scores(self) -> dict[str, float]:
         if not self._count:
             return {}
-        scores = self._task.scores(self._sum / self._count, self._part)
-        return {f"average_{name}": value for name, value in scores.items()} | {"draws": self._count}
+        means = {"average": self._sum / self._count}
+        if self._task.averages:
+            means["geometric"] = (self._logarithms / self._count).softmax(-1)
+        return {
+            f"{kind}_{name}": value
+            for kind, mean in means.items()
+            for name, value in self._task.scores(mean, self._part).items()
+        } | {"draws": self._count}
 
 
 def run(task: Task, method: str, setting: Setting, seed: int, part: Part, device: str = "cpu") -> Outcome:
