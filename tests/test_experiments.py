@@ -416,13 +416,13 @@ def test_a_setting_at_the_edge_of_stability_is_not_chosen(tmp_path, stable):
     assert all(r["part"] == "validation" and r["setting"]["explore"] == 0.9 for r in asked)
     # seeds of the tables are others
     tables = {study.TUNING_SEED + 1 + k for k in range(max(study.SEEDS.values()))}
-    assert not tables & {study.TUNING_SEED, *study.MORE_TUNING_SEEDS}
+    assert not tables & {study.TUNING_SEED, *study.MORE_TUNING_SEEDS, *study.CHOICE_SEEDS}
 
 
-def test_what_is_taken_home_is_chosen_by_the_mean_over_the_tuning_seeds(tmp_path):
+def test_what_is_taken_home_is_chosen_by_the_mean_over_other_seeds(tmp_path):
     make()
     work = study.Study("text", "quick", ledger.Ledger(tmp_path / "runs"), 0, TEXT)
-    averages = {study.TUNING_SEED: 0.0, study.MORE_TUNING_SEEDS[0]: 2.0, study.MORE_TUNING_SEEDS[1]: 1.3}
+    averages = dict(zip(study.CHOICE_SEEDS, (0.0, 2.0, 1.3), strict=True))
     geometric = 0.05
 
     class Runs(Edge):
@@ -431,11 +431,15 @@ def test_what_is_taken_home_is_chosen_by_the_mean_over_the_tuning_seeds(tmp_path
             return {"bits": 1.0, "average_bits": average, "geometric_bits": average + geometric}
 
     work.task = work._execute = Runs()
-    runs = {"a": ("ctld", methods.Setting(0.1)), "b": ("sghmc", methods.Setting(0.1))}
-    assert work.deployed(runs) == {"a": "bits", "b": "average_bits"}
-    averages[study.TUNING_SEED], geometric = -1.0, -0.05
+    runs = {
+        "a": ("ctld", methods.Setting(0.1)),
+        "b": ("sghmc", methods.Setting(0.1)),
+        "c": ("sgd", methods.Setting(0.1)),
+    }
+    assert work.deployed(runs) == {"a": "bits", "b": "average_bits", "c": "bits"}
+    averages[study.CHOICE_SEEDS[0]], geometric = -1.0, -0.05
     work._ledger = ledger.Ledger(tmp_path / "others")
-    assert work.deployed(runs) == {"a": "geometric_bits", "b": "geometric_bits"}
+    assert work.deployed(runs) == {"a": "geometric_bits", "b": "geometric_bits", "c": "bits"}
 
 
 def test_averages_of_two_draws_by_hand():

@@ -30,6 +30,8 @@ LANDSCAPE_EFFORT = {"quick": (2, 4), "cpu": (10, 30), "full": (20, 100)}
 TUNING_SEED = 0
 # on which the best trials are run again, where a task has finalists
 MORE_TUNING_SEEDS = (101, 102)
+# on which is decided what is taken home, the trained model or an average over draws
+CHOICE_SEEDS = (201, 202, 203)
 COST_ROUNDS = 15
 _FACTOR = 10.0**0.5
 
@@ -126,12 +128,14 @@ class Study:
         }
 
     def validated(self, settings: dict[str, Run]) -> dict[str, Result]:
-        """Means over the tuning seeds of what judges the trained model and averages over draws, by label.
+        """Of the samplers, by label: means over seeds that no tuning has seen, on validation data, of what
+        judges the trained model and averages over draws.
 
         Infinite where a run diverged; one that gave no draw has its trained model for an average.
         """
         names = [self.task.metric, *(f"{average}{self.task.metric}" for average in AVERAGES)]
-        found = self._on_seeds(settings, [TUNING_SEED, *MORE_TUNING_SEEDS], "validation")
+        samplers = {label: run for label, run in settings.items() if METHODS[run[0]].samples}
+        found = self._on_seeds(samplers, list(CHOICE_SEEDS), "validation")
         return {
             label: {name: fmean(column(results, name, fall_back=True)) for name in names}
             for label, results in found.items()
@@ -141,11 +145,12 @@ class Study:
         """The metric of what a user would take home, by label.
 
         Where a run gives a trained model and averages over draws, that is the best of them on validation
-        data, in the mean over the tuning seeds.
+        data.
         """
-        if not self.task.averages:
-            return dict.fromkeys(settings, self.task.metric)
-        return {label: min(means, key=means.__getitem__) for label, means in self.validated(settings).items()}
+        found = dict.fromkeys(settings, self.task.metric)
+        if self.task.averages:
+            found |= {label: min(m, key=m.__getitem__) for label, m in self.validated(settings).items()}
+        return found
 
     def judged_by(self, method: str) -> str:
         """The metric that settings are chosen by: that of the model average where there is one."""
