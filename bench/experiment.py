@@ -107,9 +107,9 @@ def write_averages(options: argparse.Namespace, pages: dict[str, Page]) -> None:
     text = (
         f"Test data, {study.SEEDS[options.size]} seeds, mean ± standard error; differences are paired, below "
         "0 is better but for the accuracy. The average is that of CTLD's variants (recipe, tuned, "
-        "preconditioned; arithmetic, or geometric, of the logarithms of probabilities) that was best on "
-        "validation data; the point estimates, those of optimizers and of samplers that fine-tuned, are the "
-        "best on the *test* data, and so is the average that accuracy is compared with.\n"
+        "preconditioned) that was best on validation data; geometric: of logarithms of probabilities. The "
+        "point estimates, those of optimizers and of samplers that fine-tuned, are the best on the *test* "
+        "data, and so is the average that accuracy is compared with.\n"
     )
     found = "\n".join([heading(LABELS, options.size), text, report.averages_table(rows)])
     (options.pages / f"{page_name(LABELS, options.size)}.md").write_text(found)

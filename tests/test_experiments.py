@@ -102,7 +102,6 @@ def test_a_run_without_draws_is_judged_by_its_trained_model():
     runs = [{"nll": 3.0, "average_nll": 2.0}, {"nll": 5.0}, {}]
     assert ledger.column(runs, "average_nll") == [2.0, math.inf, math.inf]
     assert ledger.column(runs, "average_nll", fall_back=True) == [2.0, 5.0, math.inf]
-    assert ledger.column(runs, "geometric_nll", fall_back=True) == [3.0, 5.0, math.inf]
     assert ledger.column(runs, "nll", fall_back=True) == [3.0, 5.0, math.inf]
 
 
@@ -423,12 +422,11 @@ def test_what_is_taken_home_is_chosen_by_the_mean_over_other_seeds(tmp_path):
     make()
     work = study.Study("text", "quick", ledger.Ledger(tmp_path / "runs"), 0, TEXT)
     averages = dict(zip(study.CHOICE_SEEDS, (0.0, 2.0, 1.3), strict=True))
-    geometric = 0.05
 
     class Runs(Edge):
         def __call__(self, request):
             average = averages[request["seed"]] if request["method"] == "ctld" else 0.9
-            return {"bits": 1.0, "average_bits": average, "geometric_bits": average + geometric}
+            return {"bits": 1.0, "average_bits": average}
 
     work.task = work._execute = Runs()
     runs = {
@@ -437,9 +435,6 @@ def test_what_is_taken_home_is_chosen_by_the_mean_over_other_seeds(tmp_path):
         "c": ("sgd", methods.Setting(0.1)),
     }
     assert work.deployed(runs) == {"a": "bits", "b": "average_bits", "c": "bits"}
-    averages[study.CHOICE_SEEDS[0]], geometric = -1.0, -0.05
-    work._ledger = ledger.Ledger(tmp_path / "others")
-    assert work.deployed(runs) == {"a": "geometric_bits", "b": "geometric_bits", "c": "bits"}
 
 
 def test_averages_of_two_draws_by_hand():
@@ -492,9 +487,7 @@ def test_averages_meet_the_best_point_estimate_of_any_method():
         "sghmc, preconditioned": [result(5.0, 0.1, accuracy=0.9), result(5.0, 0.1, accuracy=0.7)],
         "sgd": [result(1.7, ece=0.1), result(1.9, ece=0.1)],
     }
-    validated = {
-        label: {"average_nll": 1.0 if label == "recipe" else 2.0, "geometric_nll": 1.5} for label in settings
-    }
+    validated = {label: {"average_nll": 1.0 if label == "recipe" else 2.0} for label in settings}
     cells = [c.strip() for c in report.averages_row("task", settings, results, validated, "nll").split("|")]
     assert cells[1:6] == [
         "task",
@@ -504,13 +497,10 @@ def test_averages_meet_the_best_point_estimate_of_any_method():
         "-0.2000 ± 0.1000",
     ]
     assert cells[6:9] == ["0.1250 ± 0.0000", "0.1000 ± 0.0000 (sgd)", "0.0250 ± 0.0000"]
-    assert cells[12:15] == ["0.5000 ± 0.0000", "0.6500 ± 0.2500 (cyclical)", "-0.1500 ± 0.2500"]
-    assert cells[15:17] == ["0.8000 ± 0.1000 (sghmc, preconditioned)", "-0.3000 ± 0.1000"]
-    validated["tuned"]["geometric_nll"] = 0.9
+    assert cells[12:14] == ["0.0625 ± 0.0000", "-0.0375 ± 0.0000"]  # geometric
+    assert cells[14:17] == ["0.5000 ± 0.0000", "0.6500 ± 0.2500 (cyclical)", "-0.1500 ± 0.2500"]
+    assert cells[17:19] == ["0.8000 ± 0.1000 (sghmc, preconditioned)", "-0.3000 ± 0.1000"]
     row = report.averages_row("task", settings, results, validated, "nll")
-    cells = [c.strip() for c in row.split("|")]
-    assert cells[2:4] == ["tuned, geometric", "0.0500 ± 0.0000"]
-    assert cells[6] == "0.0625 ± 0.0000" and cells[12] == "0.2500 ± 0.0000"
     head, rule, line, _ = report.averages_table([row]).split("\n")
     assert head.count("|") == rule.count("|") == line.count("|")
 

@@ -9,8 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-# how the names of metrics begin that are those of a model average
-AVERAGES = ("average_", "geometric_")
 Request = dict[str, Any]
 Result = dict[str, float]
 # asks for runs, is sent their results, ends with an answer
@@ -23,12 +21,9 @@ def column(results: Iterable[Result], metric: str, fall_back: bool = False) -> l
     ``fall_back``: where a run has no average, because there was no draw, it is that of its trained model.
     """
 
-    of_network = metric
-    for average in AVERAGES:
-        of_network = of_network.removeprefix(average)
-
     def value(result: Result) -> float:
-        return result.get(metric, result.get(of_network, math.inf) if fall_back else math.inf)
+        other = result.get(metric.removeprefix("average_"), math.inf) if fall_back else math.inf
+        return result.get(metric, other)
 
     return [value(result) for result in results]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from .ablation import Figure, Run
-from .ledger import AVERAGES, Result, column
+from .ledger import Result, column
 from .methods import METHODS, Setting
 from .study import Chosen
 from .tasks import Task
@@ -75,11 +74,11 @@ def main_table(
         f"Every run has {steps:,} gradient evaluations. Time: of a training step, forward and backward pass "
         "included, as a multiple of that with SGD, one thread, measured side by side."
     )
-    averaged = [_averaged(label, metric) for label, metric in deployed.items() if metric.startswith(AVERAGES)]
+    averaged = [label for label, metric in deployed.items() if metric.startswith("average_")]
     if averaged:
         remark += (
-            " The difference is that of the trained models, or of an average over draws where it was better "
-            f"on validation data ({'; '.join(averaged)}) and there was a draw. Geometric: the mean of the "
+            " The difference is that of the trained models, or of the average over draws where it was better "
+            f"on validation data ({', '.join(averaged)}) and there was a draw. Geometric: the average of the "
             "logarithms of probabilities."
         )
     if any(mark in line for line in lines[2:] for mark in (_NONE, " of ")):
@@ -91,11 +90,6 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _averaged(label: str, metric: str) -> str:
-    """The label of an average over draws, by the metric or how its name begins."""
-    return label + ", geometric" * metric.startswith("geometric_")
-
-
 def averages_row(
     name: str,
     settings: dict[str, Run],
@@ -104,27 +98,32 @@ def averages_row(
     metric: str,
 ) -> str:
     """Of :func:`averages_table`: one task."""
-    variants = [label for label, (method, _) in settings.items() if method in ("ctld", "ctld-rms")]
-    ours, average = min(
-        itertools.product(variants, AVERAGES), key=lambda pair: validated[pair[0]][pair[1] + metric]
+    average = f"average_{metric}"
+    ours = min(
+        (label for label, (method, _) in settings.items() if method in ("ctld", "ctld-rms")),
+        key=lambda label: validated[label][average],
     )
-    cells = [name, _averaged(ours, average)]
-    for other in (metric, "ece", "scaled_ece"):
-        own = column(results[ours], average + other)
+
+    def against_points(own: list[float], other: str) -> list[str]:
         best = min(results, key=lambda label: mean_and_error(column(results[label], other))[0])
         points = column(results[best], other)
-        cells += [_cell(own, 4), f"{_cell(points, 4)} ({best})", _cell(paired(own, points), 4)]
-    own = column(results[ours], average + "accuracy")
+        return [_cell(own, 4), f"{_cell(points, 4)} ({best})", _cell(paired(own, points), 4)]
+
+    cells = [name, ours]
+    for other in (metric, "ece", "scaled_ece"):
+        cells += against_points(column(results[ours], f"average_{other}"), other)
+    geometric, _, difference = against_points(column(results[ours], "geometric_ece"), "ece")
+    cells += [geometric, difference]
+    own = column(results[ours], "average_accuracy")
     cells.append(_cell(own, 4))
     for peers in (("sghmc", "cyclical"), ("sghmc-rms",)):
         found = {
-            (label, kind): [result.get(f"{kind}accuracy", -math.inf) for result in results[label]]
+            label: [result.get("average_accuracy", -math.inf) for result in results[label]]
             for label, (method, _) in settings.items()
             if method in peers
-            for kind in AVERAGES
         }
-        best = max(found, key=lambda pair: statistics.fmean(found[pair]))
-        cells += [f"{_cell(found[best], 4)} ({_averaged(*best)})", _cell(paired(own, found[best]), 4)]
+        best = max(found, key=lambda label: statistics.fmean(found[label]))
+        cells += [f"{_cell(found[best], 4)} ({best})", _cell(paired(own, found[best]), 4)]
     return _row(cells)
 
 
@@ -137,6 +136,7 @@ def averages_table(rows: Sequence[str]) -> str:
     head = ["", "average of"]
     for name in ("NLL", "calibration error", "the same, after the best scaling"):
         head += [name, "best point estimate", "difference"]
+    head += ["calibration error of the geometric average", "difference to the best point estimate"]
     head += ["accuracy", "better average of SGHMC and cyclical SGHMC", "difference"]
     head += ["average of SGHMC with CTLD's preconditioner", "difference"]
     return "\n".join([_row(head), _row(["---"] * 2 + ["---:"] * (len(head) - 2)), *rows]) + "\n"

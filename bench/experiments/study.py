@@ -13,7 +13,7 @@ import torch
 
 from . import tasks, training
 from .ablation import Figure, Run
-from .ledger import AVERAGES, Asking, Ledger, Request, Result, carry_out, column
+from .ledger import Asking, Ledger, Request, Result, carry_out, column
 from .methods import METHODS, Setting
 from .search import asking, compass
 
@@ -30,7 +30,7 @@ LANDSCAPE_EFFORT = {"quick": (2, 4), "cpu": (10, 30), "full": (20, 100)}
 TUNING_SEED = 0
 # on which the best trials are run again, where a task has finalists
 MORE_TUNING_SEEDS = (101, 102)
-# on which is decided what is taken home, the trained model or an average over draws
+# on which is decided what is taken home, the trained model or the average over draws
 CHOICE_SEEDS = (201, 202, 203)
 COST_ROUNDS = 15
 _FACTOR = 10.0**0.5
@@ -129,11 +129,11 @@ class Study:
 
     def validated(self, settings: dict[str, Run]) -> dict[str, Result]:
         """Of the samplers, by label: means over seeds that no tuning has seen, on validation data, of what
-        judges the trained model and averages over draws.
+        judges the trained model and the average over draws.
 
         Infinite where a run diverged; one that gave no draw has its trained model for an average.
         """
-        names = [self.task.metric, *(f"{average}{self.task.metric}" for average in AVERAGES)]
+        names = (self.task.metric, f"average_{self.task.metric}")
         samplers = {label: run for label, run in settings.items() if METHODS[run[0]].samples}
         found = self._on_seeds(samplers, list(CHOICE_SEEDS), "validation")
         return {
@@ -144,8 +144,8 @@ class Study:
     def deployed(self, settings: dict[str, Run]) -> dict[str, str]:
         """The metric of what a user would take home, by label.
 
-        Where a run gives a trained model and averages over draws, that is the best of them on validation
-        data.
+        Where a run gives a trained model and an average over draws, that is the better of the two on
+        validation data.
         """
         found = dict.fromkeys(settings, self.task.metric)
         if self.task.averages:
