@@ -20,7 +20,7 @@ from pathlib import Path
 from experiments import ablation, recipe, report, study, tasks
 from experiments.data import DataError
 from experiments.ledger import Ledger
-from experiments.methods import METHODS, Setting
+from experiments.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "CTLD, recipe"
@@ -154,14 +154,11 @@ class Page:
 
     def _settings(self, chosen: dict[str, study.Chosen]) -> dict[str, ablation.Run]:
         tuned = {METHODS[name].label: (name, found.setting) for name, found in chosen.items()}
-        first, final = self._recipes(chosen)
+        # the library's settings, and those that it gives once it knows how low a run with them got
+        first = recipe.setting(self._task, chosen)
+        final = recipe.setting(self._task, chosen, self._work.reached("ctld", first))
         untuned = {RECIPE: ("ctld", final)} | ({FIRST: ("ctld", first)} if first != final else {})
         return untuned | tuned
-
-    def _recipes(self, chosen: dict[str, study.Chosen]) -> tuple[Setting, Setting]:
-        """The library's settings, and those that it gives once it knows how low a run with them got."""
-        first = recipe.setting(self._task, chosen)
-        return first, recipe.setting(self._task, chosen, self._work.reached("ctld", first))
 
     def seeds(self, chosen: dict[str, study.Chosen]) -> None:
         settings = self._settings(chosen)
@@ -185,8 +182,8 @@ class Page:
 
     def ablation(self, chosen: dict[str, study.Chosen]) -> None:
         self._sections.append("## What does the work\n")
-        _, final = self._recipes(chosen)
-        figures = ablation.figures(final)
+        _, base = self._settings(chosen)[RECIPE]
+        figures = ablation.figures(base)
         for name, figure in figures.items():
             results = self._work.curves(figure, study.ABLATION_SEEDS[self._size])
             path = self._pages / f"{self._name}-{name}.png"

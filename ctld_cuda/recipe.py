@@ -73,18 +73,20 @@ def settings_from(
     explore = validation.real("explore", explore)
     if not 0.0 < explore <= 1.0:
         raise ValueError(f"explore must be in (0, 1], got {explore!r}")
+    loss = validation.real("loss", loss)
     near = reached is not None and (reached == math.inf or validation.real("reached", reached) > loss)
+    factor, share = (_NEAR_RATE, _NEAR_SHARE) if near else (_RATE, _SHARE)
     options, adam = _options_of(optimizer)
     momentum = options["betas"][0] if adam else options["momentum"]
     rate = (1.0 - momentum) * options["lr"] if adam else options["lr"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     explored = max(1, round(explore * steps))
     return {
-        "lr": (_NEAR_RATE if near else _RATE) * rate,
+        "lr": factor * rate,
         "momentum": momentum,
         "weight_decay": options["weight_decay"],
         "num_data": num_data,
-        "temperature": suggest_temperature(parameters, num_data, loss, share=_NEAR_SHARE if near else _SHARE),
+        "temperature": suggest_temperature(parameters, num_data, loss, share=share),
         "tempering": suggest_tempering(explored),
         "explore_steps": explored,
         "preconditioner": RMSPreconditioner(adapt_steps=max(1, explored // 2)) if adam else None,

@@ -203,3 +203,5 @@ def test_bad_settings():
     ):
         with pytest.raises(error, match=name):
             settings_from(sgd, **{"num_data": 10, "loss": 1.0, "steps": 100, name: value})
+    with pytest.raises(TypeError, match="loss must be"):
+        settings_from(sgd, num_data=10, loss="1", steps=100, reached=1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .ablation import Figure, Run
@@ -104,34 +104,38 @@ def averages_row(
         key=lambda label: validated[label][average],
     )
 
-    def against_points(own: list[float], other: str) -> list[str]:
-        best = min(results, key=lambda label: mean_and_error(column(results[label], other))[0])
-        points = column(results[best], other)
-        return [_cell(own, 4), f"{_cell(points, 4)} ({best})", _cell(paired(own, points), 4)]
+    def points(name: str) -> dict[str, list[float]]:
+        return {label: column(rows, name) for label, rows in results.items()}
 
     cells = [name, ours]
     for other in (metric, "ece", "scaled_ece"):
-        cells += against_points(column(results[ours], f"average_{other}"), other)
-    geometric, _, difference = against_points(column(results[ours], "geometric_ece"), "ece")
-    cells += [geometric, difference]
+        own = column(results[ours], f"average_{other}")
+        cells += [_cell(own, 4), *_against(own, points(other), min)]
+    own = column(results[ours], "geometric_ece")
+    _, difference = _against(own, points("ece"), min)
+    cells += [_cell(own, 4), difference]
     own = column(results[ours], "average_accuracy")
     cells.append(_cell(own, 4))
     for peers in (("sghmc", "cyclical"), ("sghmc-rms",)):
-        found = {
+        rivals = {
             label: [result.get("average_accuracy", -math.inf) for result in results[label]]
             for label, (method, _) in settings.items()
             if method in peers
         }
-        best = max(found, key=lambda label: statistics.fmean(found[label]))
-        cells += [f"{_cell(found[best], 4)} ({best})", _cell(paired(own, found[best]), 4)]
+        cells += _against(own, rivals, max)
     return _row(cells)
+
+
+def _against(own: list[float], rivals: dict[str, list[float]], best_of: Callable[..., str]) -> list[str]:
+    """The best of the rivals in the mean, ``best_of`` being min or max, and the paired difference to it."""
+    best = best_of(rivals, key=lambda label: statistics.fmean(rivals[label]))
+    return [f"{_cell(rivals[best], 4)} ({best})", _cell(paired(own, rivals[best]), 4)]
 
 
 def averages_table(rows: Sequence[str]) -> str:
     """CTLD's model average against the best point estimate of any method on the test data, and in accuracy
     against the better average of SGHMC and cyclical SGHMC, and against SGHMC's with this library's
-    preconditioner; of CTLD's variants, the one that was best on validation
-    data.
+    preconditioner; of CTLD's variants, the one that was best on validation data.
     """
     head = ["", "average of"]
     for name in ("NLL", "calibration error", "the same, after the best scaling"):

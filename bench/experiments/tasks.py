@@ -355,10 +355,15 @@ class Labels(Task):
         }
 
 
+def logarithms(probabilities: Tensor) -> Tensor:
+    """In float64, finite for those that are 0 in float32, too."""
+    return probabilities.double().clamp(min=1e-30).log()
+
+
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
     """Mean over the data, in nats."""
     chosen = probabilities.double().gather(1, labels[:, None])[:, 0]
-    return float(-chosen.clamp(min=1e-30).log().mean())
+    return float(-logarithms(chosen).mean())
 
 
 _EXPONENTS = tuple(2.0 ** (k / 8.0) for k in range(-8, 9))
@@ -366,7 +371,7 @@ _EXPONENTS = tuple(2.0 ** (k / 8.0) for k in range(-8, 9))
 
 def scaled(probabilities: Tensor, exponent: float) -> Tensor:
     """Probabilities (n, k) with all logits multiplied by the exponent."""
-    return (exponent * probabilities.double().clamp(min=1e-30).log()).softmax(-1)
+    return (exponent * logarithms(probabilities)).softmax(-1)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:

@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 from . import landscape
 from .methods import METHODS, Setting, Trainer
-from .tasks import Part, Task
+from .tasks import Part, Task, logarithms
 
 CHECKS = 20  # of the validation data during a run, for stopping early
 _END = 0.05  # of the run, over which the training loss is averaged
@@ -68,7 +68,7 @@ class Average:
         probabilities = self._task.predict(model, self._part)
         self._sum = self._sum + probabilities
         if self._task.averages:
-            self._logarithms = self._logarithms + probabilities.double().clamp(min=1e-30).log()
+            self._logarithms = self._logarithms + logarithms(probabilities)
         self._count += 1
 
     def scores(self) -> dict[str, float]:
